@@ -1,0 +1,118 @@
+/*
+ * file: an open inode, shared by all its handles: where its bytes are, and
+ * what must wait while they are being moved.
+ *
+ * The bytes and the attributes of a file are at its backing.  A backing with
+ * a shadow is an object on some device: the shadow, on the fast tier, has its
+ * size, mode, owner and times, so that no stat ever waits for that device.
+ *
+ * Invariant: the backing is replaced only while the gate is closed and no
+ * change is under way, so each change lands wholly on one backing.
+ */
+#ifndef PAFKAFS_FILE_H
+#define PAFKAFS_FILE_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/stat.h>
+
+#include "device.h"
+#include "front.h"
+
+struct backing {
+	struct job close_job; /* first */
+	_Atomic int refs;
+	struct device *dev;
+	int shadow_fd;      /* -1: the data's own inode has the attributes */
+	char *object;       /* path below objects/; NULL for a plain file */
+	pthread_mutex_t open_lock;
+	_Atomic int data_fd; /* -1: an object that no I/O has opened yet */
+	bool create;        /* the object may not exist yet */
+	bool entries_dirty; /* its directory entries were not fsynced */
+};
+
+struct handle {
+	struct handle *next;
+	uint64_t fh;
+	uint32_t error_seq_seen;
+};
+
+struct file {
+	_Atomic int refs;
+	struct file *bucket_next;
+	struct front *front;
+	uint64_t ino;
+
+	pthread_mutex_t lock; /* all below */
+	struct backing *backing;
+	bool gate_closed;
+	bool starving;     /* Python was told of the lack of room */
+	unsigned changes;  /* WRITE, FALLOCATE, truncate, FSYNC under way */
+	struct request *parked, **parked_tail;
+	int64_t counted_bytes; /* what the device's used_bytes holds of it */
+	uint32_t nlink;    /* with a shadow: links of the stub */
+	uint64_t changed_seq; /* counts changes of the bytes or the size */
+	uint64_t synced_seq;  /* the last of them that an fsync covered */
+	uint32_t error_seq;
+	int error;         /* of the last fsync that failed */
+	bool error_seen;
+	struct handle *handles;
+};
+
+/* Both take their descriptors over, on failure (NULL, errno) too. */
+struct backing *backing_plain(struct device *dev, int data_fd);
+struct backing *backing_object(struct device *dev, int shadow_fd, int data_fd,
+			       const char *object, bool create);
+struct backing *backing_ref(struct backing *b);
+void backing_unref(struct backing *b);
+/* Where the attributes are. */
+int backing_attr_fd(const struct backing *b);
+
+/* Registers the file under ino; takes the backing over. NULL: no memory, or
+ * EEXIST. */
+struct file *file_open(struct front *f, uint64_t ino, struct backing *b);
+struct file *file_find(struct front *f, uint64_t ino); /* takes a reference */
+struct file *file_ref(struct file *file);
+void file_unref(struct file *file);
+/* No request finds it any more; the owner's reference is dropped. */
+void file_close(struct file *file);
+struct backing *file_backing(struct file *file); /* takes a reference */
+
+/* Of the file as callers see it; 0 or -errno. */
+int file_stat(struct file *file, struct stat *st);
+
+/* Enters a change, unless the gate is closed: then r is parked (if any). */
+bool file_enter(struct file *file, struct request *r);
+void file_leave(struct file *file);
+/* Leaves the change and parks r until Python has made room. */
+void file_leave_for_room(struct file *file, struct request *r);
+
+/* True when quiet at once; else EVENT_QUIET follows. */
+bool file_close_gate(struct file *file);
+/* Only with the gate closed and quiet; takes the backing over. */
+void file_repoint(struct file *file, struct backing *b);
+/* Opens the gate; all that was parked goes on. */
+void file_open_gate(struct file *file);
+/* Answers what waits for room with error, 0: lets it try again. */
+void file_end_starving(struct file *file, int error);
+
+/* Brings the device's used_bytes up to date after a change for which
+ * reserved bytes had been taken. */
+void file_settle(struct file *file, struct backing *b, int64_t reserved);
+
+void file_mark_changed(struct file *file);
+/* True when there is something to sync; *seq is for file_synced. */
+bool file_unsynced(struct file *file, uint64_t *seq);
+/* An fsync that began at seq has ended; error 0 or a positive errno, which
+ * every handle that is open now will see once. */
+void file_synced(struct file *file, uint64_t seq, int error);
+
+/* A handle opened after a failed fsync that nobody has seen sees it too. */
+int file_add_handle(struct file *file, uint64_t fh);
+unsigned file_remove_handle(struct file *file, uint64_t fh); /* handles left */
+/* The error that this handle has yet to see, once; 0 when none. */
+int file_handle_error(struct file *file, uint64_t fh);
+
+#endif

@@ -1,0 +1,493 @@
+#define _GNU_SOURCE
+#include "io.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "object.h"
+#include "request.h"
+
+/* How long the kernel may keep attributes: the daemon is the only writer and
+ * invalidates what it changes by itself. */
+enum { ATTR_VALID_S = 3600 };
+
+/* One operation under way.  r is NULL as long as it runs in the thread that
+ * read it, on that thread's buffers. */
+struct io {
+	struct front *f;
+	struct file *file;
+	struct request *r;
+	const struct fuse_in_header *in;
+	const void *arg;
+	const char *payload;
+	char *scratch;
+	struct backing *b;
+};
+
+/* An operation answers its request, or passes it on. */
+enum io_result {
+	IO_DONE,     /* answered */
+	IO_PASSED,   /* parked, or given to a worker: no longer ours */
+};
+
+static enum io_result answer(struct io *io, int error, const void *data, size_t len)
+{
+	if (io->r != NULL)
+		request_reply(io->r, error, data, len);
+	else
+		front_reply(io->f, io->in->unique, error, data, len);
+	return IO_DONE;
+}
+
+static void run_job(struct job *job, char *scratch);
+
+/* The request leaves the buffer it was read into. */
+static bool detach(struct io *io)
+{
+	if (io->r == NULL) {
+		io->r = request_new(io->f, io->file, io->in);
+		if (io->r != NULL)
+			io->r->job.run = run_job;
+	}
+	return io->r != NULL;
+}
+
+static enum io_result to_worker(struct io *io)
+{
+	if (!detach(io))
+		return answer(io, ENOMEM, NULL, 0);
+	io->r->dev = io->b->dev;
+	workers_submit(io->b->dev->workers, &io->r->job);
+	return IO_PASSED;
+}
+
+/* Only workers may block on this device. */
+static bool must_defer(const struct io *io)
+{
+	return io->r == NULL && io->b->dev->slow;
+}
+
+/* As must_defer, for what a fast device may make wait too: fsync, allocation
+ * and synchronous writes.  Memory never does. */
+static bool should_defer(const struct io *io)
+{
+	return io->r == NULL && !io->b->dev->memory;
+}
+
+static enum io_result read_(struct io *io)
+{
+	const struct fuse_read_in *arg = io->arg;
+	size_t want = arg->size < IO_BYTES_MAX ? arg->size : IO_BYTES_MAX, done = 0;
+
+	if (must_defer(io))
+		return to_worker(io);
+	int err = object_open(io->file, io->b);
+	if (err < 0)
+		return answer(io, -err, NULL, 0);
+	int fd = atomic_load(&io->b->data_fd);
+	while (done < want) {
+		struct iovec iov = {io->scratch + done, want - done};
+		ssize_t n = preadv2(fd, &iov, 1, (off_t)(arg->offset + done),
+				    should_defer(io) ? RWF_NOWAIT : 0);
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n < 0 && io->r == NULL && (errno == EAGAIN || errno == EOPNOTSUPP))
+			return to_worker(io); /* not in the page cache */
+		if (n < 0) {
+			events_put(io->f->events, EVENT_IO_ERROR, io->file->ino, errno);
+			return answer(io, errno, NULL, 0);
+		}
+		if (n == 0)
+			break;
+		done += (size_t)n;
+	}
+	return answer(io, 0, io->scratch, done);
+}
+
+/* Room that the device does not have is not needed where blocks are already
+ * allocated: an overwrite succeeds on a full device. */
+static bool is_allocated(int fd, off_t offset, off_t end)
+{
+	off_t data = lseek(fd, offset, SEEK_DATA);
+
+	return data == offset && lseek(fd, offset, SEEK_HOLE) >= end;
+}
+
+static int write_all(int fd, const char *data, size_t len, off_t offset, bool durable)
+{
+	for (size_t done = 0; done < len;) {
+		struct iovec iov = {(void *)(data + done), len - done};
+		ssize_t n = pwritev2(fd, &iov, 1, offset + (off_t)done, durable ? RWF_DSYNC : 0);
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n <= 0)
+			return n < 0 ? -errno : -EIO;
+		done += (size_t)n;
+	}
+	return 0;
+}
+
+/* Writes to the backing and, in power mode, makes it durable. */
+static int write_backing(struct io *io, const struct fuse_write_in *arg)
+{
+	struct backing *b = io->b;
+	off_t offset = (off_t)arg->offset;
+	bool grew = false;
+	int err = write_all(atomic_load(&b->data_fd), io->payload, arg->size, offset,
+			    b->dev->power);
+
+	file_mark_changed(io->file);
+	if (err < 0 || b->shadow_fd < 0)
+		return err;
+	err = object_touch_shadow(io->file, b, offset + arg->size, &grew);
+	if (err < 0 || !b->dev->power)
+		return err;
+	if (grew && fdatasync(b->shadow_fd) != 0)
+		return -errno;
+	return object_sync_entries(b);
+}
+
+static bool is_full(int err)
+{
+	return err == -ENOSPC || err == -EDQUOT;
+}
+
+static enum io_result park_for_room(struct io *io)
+{
+	if (!detach(io)) {
+		file_leave(io->file);
+		return answer(io, ENOMEM, NULL, 0);
+	}
+	file_leave_for_room(io->file, io->r);
+	return IO_PASSED;
+}
+
+/* Enters a change with the data open.  On false the request was answered or
+ * passed on, as *result tells. */
+static bool enter_change(struct io *io, enum io_result *result)
+{
+	if (!file_enter(io->file, io->r)) {
+		/* A worker will find the gate open, or park it. */
+		*result = io->r == NULL ? to_worker(io) : IO_PASSED;
+		return false;
+	}
+	struct backing *now = file_backing(io->file);
+	bool moved = now != io->b;
+	backing_unref(io->b);
+	io->b = now;
+	if (moved) { /* this thread may not be one that may block there */
+		file_leave(io->file);
+		*result = to_worker(io);
+		return false;
+	}
+	int err = object_open(io->file, io->b);
+	if (err == 0)
+		return true;
+	file_leave(io->file);
+	*result = answer(io, -err, NULL, 0);
+	return false;
+}
+
+static enum io_result write_(struct io *io)
+{
+	const struct fuse_write_in *arg = io->arg;
+	struct fuse_write_out out = {.size = arg->size};
+	enum io_result result;
+
+	if (must_defer(io) || (io->b->dev->power && should_defer(io)))
+		return to_worker(io);
+	if (!enter_change(io, &result))
+		return result;
+	int fd = atomic_load(&io->b->data_fd);
+	int64_t reserved = arg->size;
+	if (!device_reserve(io->b->dev, reserved)) {
+		reserved = 0;
+		if (!is_allocated(fd, (off_t)arg->offset, (off_t)(arg->offset + arg->size)))
+			return park_for_room(io);
+	}
+	int err = write_backing(io, arg);
+	file_settle(io->file, io->b, reserved);
+	if (is_full(err))
+		return park_for_room(io);
+	file_leave(io->file);
+	if (err < 0) {
+		events_put(io->f->events, EVENT_IO_ERROR, io->file->ino, -err);
+		return answer(io, -err, NULL, 0);
+	}
+	return answer(io, 0, &out, sizeof(out));
+}
+
+static int sync_backing(struct file *file, struct backing *b, bool data_only)
+{
+	uint64_t seq;
+
+	/* A clean file on a slow device costs nothing: Kafka fsyncs every
+	 * segment when it stops. */
+	if (!file_unsynced(file, &seq) && b->shadow_fd >= 0)
+		return 0;
+	int err = object_open(file, b);
+	if (err < 0)
+		return err;
+	int fd = atomic_load(&b->data_fd);
+	if ((data_only ? fdatasync(fd) : fsync(fd)) != 0)
+		err = -errno;
+	else if (b->shadow_fd >= 0 && fsync(b->shadow_fd) != 0)
+		err = -errno;
+	else if (b->object != NULL)
+		err = object_sync_entries(b);
+	file_synced(file, seq, -err);
+	return err;
+}
+
+static enum io_result fsync_(struct io *io)
+{
+	const struct fuse_fsync_in *arg = io->arg;
+	enum io_result result;
+	uint64_t seq;
+
+	if (must_defer(io) ? file_unsynced(io->file, &seq) : should_defer(io))
+		return to_worker(io);
+	if (!enter_change(io, &result))
+		return result;
+	int err = sync_backing(io->file, io->b, arg->fsync_flags & FUSE_FSYNC_FDATASYNC);
+	file_leave(io->file);
+	int unseen = file_handle_error(io->file, arg->fh);
+	return answer(io, unseen != 0 ? unseen : -err, NULL, 0);
+}
+
+static enum io_result flush(struct io *io)
+{
+	/* Nothing is kept back until close: the kernel need not ask again. */
+	return answer(io, ENOSYS, NULL, 0);
+}
+
+static void to_fuse_attr(uint64_t ino, const struct stat *st, struct fuse_attr *attr)
+{
+	*attr = (struct fuse_attr){
+		.ino = ino,
+		.size = (uint64_t)st->st_size,
+		.blocks = (uint64_t)st->st_blocks,
+		.atime = (uint64_t)st->st_atim.tv_sec,
+		.mtime = (uint64_t)st->st_mtim.tv_sec,
+		.ctime = (uint64_t)st->st_ctim.tv_sec,
+		.atimensec = (uint32_t)st->st_atim.tv_nsec,
+		.mtimensec = (uint32_t)st->st_mtim.tv_nsec,
+		.ctimensec = (uint32_t)st->st_ctim.tv_nsec,
+		.mode = st->st_mode,
+		.nlink = (uint32_t)st->st_nlink,
+		.uid = st->st_uid,
+		.gid = st->st_gid,
+		.blksize = 4096,
+	};
+}
+
+static enum io_result getattr(struct io *io)
+{
+	struct fuse_attr_out out = {.attr_valid = ATTR_VALID_S};
+	struct stat st;
+	int err = file_stat(io->file, &st);
+
+	if (err < 0)
+		return answer(io, -err, NULL, 0);
+	to_fuse_attr(io->file->ino, &st, &out.attr);
+	return answer(io, 0, &out, sizeof(out));
+}
+
+enum { FALLOCATE_MODES = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE };
+
+static int fallocate_backing(struct io *io, const struct fuse_fallocate_in *arg)
+{
+	struct backing *b = io->b;
+	bool grew;
+
+	if (fallocate(atomic_load(&b->data_fd), (int)arg->mode, (off_t)arg->offset,
+		      (off_t)arg->length) != 0)
+		return -errno;
+	file_mark_changed(io->file);
+	if (b->shadow_fd < 0)
+		return 0;
+	int64_t end = arg->mode & FALLOC_FL_KEEP_SIZE ? 0
+						      : (int64_t)(arg->offset + arg->length);
+	return object_touch_shadow(io->file, b, end, &grew);
+}
+
+static enum io_result fallocate_(struct io *io)
+{
+	const struct fuse_fallocate_in *arg = io->arg;
+	int64_t reserved = arg->mode & FALLOC_FL_PUNCH_HOLE ? 0 : (int64_t)arg->length;
+	enum io_result result;
+
+	if (arg->mode & ~(uint32_t)FALLOCATE_MODES)
+		return answer(io, EOPNOTSUPP, NULL, 0);
+	if (must_defer(io) || should_defer(io))
+		return to_worker(io);
+	if (!enter_change(io, &result))
+		return result;
+	if (!device_reserve(io->b->dev, reserved))
+		return park_for_room(io);
+	int err = fallocate_backing(io, arg);
+	file_settle(io->file, io->b, reserved);
+	if (is_full(err))
+		return park_for_room(io);
+	file_leave(io->file);
+	return answer(io, -err, NULL, 0);
+}
+
+static enum io_result lseek_(struct io *io)
+{
+	const struct fuse_lseek_in *arg = io->arg;
+	struct fuse_lseek_out out;
+
+	if (must_defer(io))
+		return to_worker(io);
+	int err = object_open(io->file, io->b);
+	if (err < 0)
+		return answer(io, -err, NULL, 0);
+	off_t at = lseek(atomic_load(&io->b->data_fd), (off_t)arg->offset, (int)arg->whence);
+	if (at < 0)
+		return answer(io, errno, NULL, 0);
+	out.offset = (uint64_t)at;
+	return answer(io, 0, &out, sizeof(out));
+}
+
+/* Between plain files with room for the result; for all else EOPNOTSUPP makes
+ * the kernel copy by READ and WRITE, which can wait and spill. */
+static ssize_t copy_plain(struct io *io, struct file *to_file,
+			  const struct fuse_copy_file_range_in *arg)
+{
+	struct backing *to = file_backing(to_file);
+	ssize_t copied = -EOPNOTSUPP;
+	off_t from_off = (off_t)arg->off_in, to_off = (off_t)arg->off_out;
+	int64_t reserved = arg->len < IO_BYTES_MAX ? (int64_t)arg->len : IO_BYTES_MAX;
+
+	if (io->b->shadow_fd < 0 && to->shadow_fd < 0 && !to->dev->power &&
+	    device_reserve(to->dev, reserved)) {
+		copied = copy_file_range(atomic_load(&io->b->data_fd), &from_off,
+					 atomic_load(&to->data_fd), &to_off,
+					 (size_t)reserved, 0);
+		if (copied < 0)
+			copied = errno == EXDEV || is_full(-errno) ? -EOPNOTSUPP : -errno;
+		file_mark_changed(to_file);
+		file_settle(to_file, to, reserved);
+	}
+	backing_unref(to);
+	return copied;
+}
+
+static enum io_result copy_file_range_(struct io *io)
+{
+	const struct fuse_copy_file_range_in *arg = io->arg;
+	struct fuse_write_out out = {0};
+
+	if (must_defer(io) || should_defer(io))
+		return to_worker(io);
+	struct file *to = file_find(io->f, arg->nodeid_out);
+	if (to == NULL)
+		return answer(io, EBADF, NULL, 0);
+	ssize_t copied = -EOPNOTSUPP;
+	if (file_enter(to, NULL)) {
+		copied = copy_plain(io, to, arg);
+		file_leave(to);
+	}
+	file_unref(to);
+	if (copied < 0)
+		return answer(io, (int)-copied, NULL, 0);
+	out.size = (uint32_t)copied;
+	return answer(io, 0, &out, sizeof(out));
+}
+
+typedef enum io_result operation(struct io *io);
+
+static operation *operation_of(uint32_t opcode)
+{
+	switch (opcode) {
+	case FUSE_READ: return read_;
+	case FUSE_WRITE: return write_;
+	case FUSE_FSYNC: return fsync_;
+	case FUSE_FLUSH: return flush;
+	case FUSE_GETATTR: return getattr;
+	case FUSE_FALLOCATE: return fallocate_;
+	case FUSE_LSEEK: return lseek_;
+	case FUSE_COPY_FILE_RANGE: return copy_file_range_;
+	default: return NULL;
+	}
+}
+
+static enum io_result run(struct io *io)
+{
+	io->arg = io->in + 1;
+	io->payload = (const char *)io->arg + sizeof(struct fuse_write_in);
+	io->b = file_backing(io->file);
+	/* Moved while it was queued: this worker may not block for the other. */
+	bool elsewhere = io->r != NULL && io->r->dev != io->b->dev;
+	enum io_result result = elsewhere ? to_worker(io) : operation_of(io->in->opcode)(io);
+	backing_unref(io->b);
+	return result;
+}
+
+static void run_job(struct job *job, char *scratch)
+{
+	struct request *r = (struct request *)job;
+	struct io io = {.f = r->front, .file = r->file, .r = r, .in = r->in, .scratch = scratch};
+
+	r->for_room = false;
+	if (!request_begin(r) || run(&io) == IO_DONE)
+		request_free(r);
+}
+
+bool io_dispatch(struct front *f, const struct fuse_in_header *in, char *scratch)
+{
+	if (operation_of(in->opcode) == NULL)
+		return false;
+	struct file *file = file_find(f, in->nodeid);
+	if (file == NULL)
+		return false;
+	struct io io = {.f = f, .file = file, .in = in, .scratch = scratch};
+	if (run(&io) == IO_DONE && io.r != NULL)
+		request_free(io.r);
+	file_unref(file);
+	return true;
+}
+
+void io_resubmit(struct request *r)
+{
+	struct backing *b = file_backing(r->file);
+
+	r->dev = b->dev;
+	r->job.run = run_job;
+	workers_submit(b->dev->workers, &r->job);
+	backing_unref(b);
+}
+
+int io_truncate(struct file *file, int64_t size)
+{
+	if (!file_enter(file, NULL))
+		return -EAGAIN;
+	struct backing *b = file_backing(file);
+	int err = object_open(file, b);
+	if (err == 0 && ftruncate(atomic_load(&b->data_fd), size) != 0)
+		err = -errno;
+	/* The object first: after a crash in between it wins. */
+	if (err == 0 && b->shadow_fd >= 0 && ftruncate(b->shadow_fd, size) != 0)
+		err = -errno;
+	if (err == 0) {
+		file_mark_changed(file);
+		file_settle(file, b, 0);
+	}
+	backing_unref(b);
+	file_leave(file);
+	return err;
+}
+
+int io_sync(struct file *file)
+{
+	struct backing *b = file_backing(file);
+	int err = sync_backing(file, b, false);
+
+	backing_unref(b);
+	return err;
+}

@@ -1,0 +1,134 @@
+/* pafkafs._native.Device */
+#define _GNU_SOURCE
+#include "module.h"
+
+#include <errno.h>
+
+static PyObject *device_new_py(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+	static char *names[] = {"objects_fd", "slow", "memory", "power", NULL};
+	int objects_fd, slow, memory, power;
+
+	if (!PyArg_ParseTupleAndKeywords(args, kwargs, "i$ppp", names, &objects_fd, &slow,
+					 &memory, &power))
+		return NULL;
+	allocfunc alloc = PyType_GetSlot(type, Py_tp_alloc);
+	DeviceObject *self = (DeviceObject *)alloc(type, 0);
+	if (self == NULL)
+		return NULL;
+	self->dev = device_new(objects_fd, slow, memory, power);
+	if (self->dev == NULL) {
+		Py_DECREF(self);
+		return PyErr_SetFromErrno(PyExc_OSError);
+	}
+	return (PyObject *)self;
+}
+
+static void device_dealloc(DeviceObject *self)
+{
+	PyTypeObject *type = Py_TYPE(self);
+	freefunc free_slot = PyType_GetSlot(type, Py_tp_free);
+
+	if (self->dev != NULL)
+		device_unref(self->dev);
+	free_slot(self);
+	Py_DECREF(type);
+}
+
+static PyObject *device_stop_py(DeviceObject *self, PyObject *ignored)
+{
+	unsigned hung;
+
+	(void)ignored;
+	Py_BEGIN_ALLOW_THREADS
+	hung = device_stop(self->dev);
+	Py_END_ALLOW_THREADS
+	return PyLong_FromUnsignedLong(hung);
+}
+
+static PyObject *device_add_used(DeviceObject *self, PyObject *arg)
+{
+	long long bytes = PyLong_AsLongLong(arg);
+
+	if (bytes == -1 && PyErr_Occurred())
+		return NULL;
+	device_release(self->dev, -bytes);
+	Py_RETURN_NONE;
+}
+
+static PyObject *get_used(DeviceObject *self, void *closure)
+{
+	(void)closure;
+	return PyLong_FromLongLong(atomic_load(&self->dev->used_bytes));
+}
+
+static PyObject *get_limit(DeviceObject *self, void *closure)
+{
+	(void)closure;
+	return PyLong_FromLongLong(atomic_load(&self->dev->limit_bytes));
+}
+
+static int set_bytes(_Atomic int64_t *where, PyObject *value)
+{
+	long long bytes = value == NULL ? -1 : PyLong_AsLongLong(value);
+
+	if (bytes == -1 && PyErr_Occurred())
+		return -1;
+	atomic_store(where, bytes);
+	return 0;
+}
+
+static int set_used(DeviceObject *self, PyObject *value, void *closure)
+{
+	(void)closure;
+	return set_bytes(&self->dev->used_bytes, value);
+}
+
+static int set_limit(DeviceObject *self, PyObject *value, void *closure)
+{
+	(void)closure;
+	return set_bytes(&self->dev->limit_bytes, value);
+}
+
+static PyObject *get_busy(DeviceObject *self, void *closure)
+{
+	(void)closure;
+	return PyLong_FromUnsignedLongLong(
+		self->dev->workers == NULL ? 0 : workers_busy_ns(self->dev->workers));
+}
+
+static PyObject *get_queued(DeviceObject *self, void *closure)
+{
+	(void)closure;
+	return PyLong_FromUnsignedLong(
+		self->dev->workers == NULL ? 0 : workers_queued(self->dev->workers));
+}
+
+static PyMethodDef methods[] = {
+	{"stop", (PyCFunction)device_stop_py, METH_NOARGS, NULL},
+	{"add_used", (PyCFunction)device_add_used, METH_O, NULL},
+	{NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef members[] = {
+	{"used_bytes", (getter)get_used, (setter)set_used, NULL, NULL},
+	{"limit_bytes", (getter)get_limit, (setter)set_limit, NULL, NULL},
+	{"busy_ns", (getter)get_busy, NULL, NULL, NULL},
+	{"queued", (getter)get_queued, NULL, NULL, NULL},
+	{NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot slots[] = {
+	{Py_tp_new, device_new_py},
+	{Py_tp_dealloc, device_dealloc},
+	{Py_tp_methods, methods},
+	{Py_tp_getset, members},
+	{0, NULL},
+};
+
+PyType_Spec device_spec = {
+	.name = "pafkafs._native.Device",
+	.basicsize = sizeof(DeviceObject),
+	.flags = Py_TPFLAGS_DEFAULT,
+	.slots = slots,
+};

@@ -1,0 +1,273 @@
+/* pafkafs._native.File: made by Front.open_plain and Front.open_object. */
+#define _GNU_SOURCE
+#include "module.h"
+
+#include <errno.h>
+
+#include "io.h"
+#include "object.h"
+
+static struct file *opened(FileObject *self)
+{
+	if (self->file == NULL)
+		PyErr_SetString(PyExc_ValueError, "file is closed");
+	return self->file;
+}
+
+static void close_it(FileObject *self)
+{
+	if (self->file != NULL)
+		file_close(self->file);
+	self->file = NULL;
+}
+
+static void file_dealloc(FileObject *self)
+{
+	PyTypeObject *type = Py_TYPE(self);
+	freefunc free_slot = PyType_GetSlot(type, Py_tp_free);
+
+	close_it(self);
+	Py_XDECREF(self->front);
+	free_slot(self);
+	Py_DECREF(type);
+}
+
+static PyObject *close_py(FileObject *self, PyObject *ignored)
+{
+	(void)ignored;
+	close_it(self);
+	Py_RETURN_NONE;
+}
+
+static PyObject *add_handle(FileObject *self, PyObject *arg)
+{
+	unsigned long long fh = PyLong_AsUnsignedLongLong(arg);
+
+	if (PyErr_Occurred() || opened(self) == NULL)
+		return NULL;
+	return none_or_errno(file_add_handle(self->file, fh));
+}
+
+static PyObject *remove_handle(FileObject *self, PyObject *arg)
+{
+	unsigned long long fh = PyLong_AsUnsignedLongLong(arg);
+
+	if (PyErr_Occurred() || opened(self) == NULL)
+		return NULL;
+	return PyLong_FromUnsignedLong(file_remove_handle(self->file, fh));
+}
+
+static PyObject *close_gate(FileObject *self, PyObject *ignored)
+{
+	(void)ignored;
+	if (opened(self) == NULL)
+		return NULL;
+	return PyBool_FromLong(file_close_gate(self->file));
+}
+
+static PyObject *open_gate(FileObject *self, PyObject *ignored)
+{
+	(void)ignored;
+	if (opened(self) == NULL)
+		return NULL;
+	file_open_gate(self->file);
+	Py_RETURN_NONE;
+}
+
+static PyObject *end_starving(FileObject *self, PyObject *arg)
+{
+	long error = PyLong_AsLong(arg);
+
+	if (PyErr_Occurred() || opened(self) == NULL)
+		return NULL;
+	file_end_starving(self->file, (int)error);
+	Py_RETURN_NONE;
+}
+
+static PyObject *repoint(FileObject *self, struct backing *b)
+{
+	if (b == NULL)
+		return PyErr_SetFromErrno(PyExc_OSError);
+	file_repoint(self->file, b);
+	Py_RETURN_NONE;
+}
+
+static PyObject *repoint_plain(FileObject *self, PyObject *args)
+{
+	DeviceObject *device;
+	int data_fd;
+
+	if (opened(self) == NULL ||
+	    !PyArg_ParseTuple(args, "O!i", native_state()->device_type, &device, &data_fd))
+		return NULL;
+	return repoint(self, backing_plain(device->dev, data_fd));
+}
+
+static PyObject *repoint_object(FileObject *self, PyObject *args)
+{
+	DeviceObject *device;
+	const char *object;
+	int shadow_fd, data_fd;
+
+	if (opened(self) == NULL ||
+	    !PyArg_ParseTuple(args, "O!iiy", native_state()->device_type, &device, &shadow_fd,
+			      &data_fd, &object))
+		return NULL;
+	return repoint(self, backing_object(device->dev, shadow_fd, data_fd, object, false));
+}
+
+static PyObject *truncate_py(FileObject *self, PyObject *arg)
+{
+	long long size = PyLong_AsLongLong(arg);
+	int err;
+
+	if (PyErr_Occurred() || opened(self) == NULL)
+		return NULL;
+	struct file *file = file_ref(self->file);
+	Py_BEGIN_ALLOW_THREADS
+	err = io_truncate(file, size);
+	file_unref(file);
+	Py_END_ALLOW_THREADS
+	return none_or_errno(err);
+}
+
+static PyObject *sync_py(FileObject *self, PyObject *ignored)
+{
+	int err;
+
+	(void)ignored;
+	if (opened(self) == NULL)
+		return NULL;
+	struct file *file = file_ref(self->file);
+	Py_BEGIN_ALLOW_THREADS
+	err = io_sync(file);
+	file_unref(file);
+	Py_END_ALLOW_THREADS
+	return none_or_errno(err);
+}
+
+static PyObject *open_data(FileObject *self, PyObject *ignored)
+{
+	int err;
+
+	(void)ignored;
+	if (opened(self) == NULL)
+		return NULL;
+	struct file *file = file_ref(self->file);
+	Py_BEGIN_ALLOW_THREADS
+	struct backing *b = file_backing(file);
+	err = b->shadow_fd >= 0 ? object_open(file, b) : 0;
+	backing_unref(b);
+	file_unref(file);
+	Py_END_ALLOW_THREADS
+	return none_or_errno(err);
+}
+
+static PyObject *mark_changed(FileObject *self, PyObject *ignored)
+{
+	(void)ignored;
+	if (opened(self) == NULL)
+		return NULL;
+	file_mark_changed(self->file);
+	Py_RETURN_NONE;
+}
+
+static PyObject *get_ino(FileObject *self, void *closure)
+{
+	(void)closure;
+	return opened(self) == NULL ? NULL : PyLong_FromUnsignedLongLong(self->file->ino);
+}
+
+/* Valid until the file is closed or re-pointed, both by the caller. */
+static PyObject *get_attr_fd(FileObject *self, void *closure)
+{
+	(void)closure;
+	return opened(self) == NULL ? NULL
+				    : PyLong_FromLong(backing_attr_fd(self->file->backing));
+}
+
+static PyObject *get_data_fd(FileObject *self, void *closure)
+{
+	(void)closure;
+	return opened(self) == NULL
+		       ? NULL
+		       : PyLong_FromLong(atomic_load(&self->file->backing->data_fd));
+}
+
+static PyObject *get_counted(FileObject *self, void *closure)
+{
+	(void)closure;
+	if (opened(self) == NULL)
+		return NULL;
+	pthread_mutex_lock(&self->file->lock);
+	int64_t bytes = self->file->counted_bytes;
+	pthread_mutex_unlock(&self->file->lock);
+	return PyLong_FromLongLong(bytes);
+}
+
+static PyObject *get_unsynced(FileObject *self, void *closure)
+{
+	uint64_t seq;
+
+	(void)closure;
+	return opened(self) == NULL ? NULL : PyBool_FromLong(file_unsynced(self->file, &seq));
+}
+
+static int set_nlink(FileObject *self, PyObject *value, void *closure)
+{
+	unsigned long nlink = value == NULL ? 0 : PyLong_AsUnsignedLong(value);
+
+	(void)closure;
+	if (PyErr_Occurred() || opened(self) == NULL)
+		return -1;
+	pthread_mutex_lock(&self->file->lock);
+	self->file->nlink = (uint32_t)nlink;
+	pthread_mutex_unlock(&self->file->lock);
+	return 0;
+}
+
+static PyObject *get_nlink(FileObject *self, void *closure)
+{
+	(void)closure;
+	return opened(self) == NULL ? NULL : PyLong_FromUnsignedLong(self->file->nlink);
+}
+
+static PyMethodDef methods[] = {
+	{"close", (PyCFunction)close_py, METH_NOARGS, NULL},
+	{"add_handle", (PyCFunction)add_handle, METH_O, NULL},
+	{"remove_handle", (PyCFunction)remove_handle, METH_O, NULL},
+	{"close_gate", (PyCFunction)close_gate, METH_NOARGS, NULL},
+	{"open_gate", (PyCFunction)open_gate, METH_NOARGS, NULL},
+	{"end_starving", (PyCFunction)end_starving, METH_O, NULL},
+	{"repoint_plain", (PyCFunction)repoint_plain, METH_VARARGS, NULL},
+	{"repoint_object", (PyCFunction)repoint_object, METH_VARARGS, NULL},
+	{"truncate", (PyCFunction)truncate_py, METH_O, NULL},
+	{"sync", (PyCFunction)sync_py, METH_NOARGS, NULL},
+	{"open_data", (PyCFunction)open_data, METH_NOARGS, NULL},
+	{"mark_changed", (PyCFunction)mark_changed, METH_NOARGS, NULL},
+	{NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef members[] = {
+	{"ino", (getter)get_ino, NULL, NULL, NULL},
+	{"attr_fd", (getter)get_attr_fd, NULL, NULL, NULL},
+	{"data_fd", (getter)get_data_fd, NULL, NULL, NULL},
+	{"counted_bytes", (getter)get_counted, NULL, NULL, NULL},
+	{"unsynced", (getter)get_unsynced, NULL, NULL, NULL},
+	{"nlink", (getter)get_nlink, (setter)set_nlink, NULL, NULL},
+	{NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot slots[] = {
+	{Py_tp_dealloc, file_dealloc},
+	{Py_tp_methods, methods},
+	{Py_tp_getset, members},
+	{0, NULL},
+};
+
+PyType_Spec file_spec = {
+	.name = "pafkafs._native.File",
+	.basicsize = sizeof(FileObject),
+	.flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+	.slots = slots,
+};

@@ -1,0 +1,100 @@
+"""Taking over an existing log directory as the home tree of a new set, by renames alone.
+
+It can be cut anywhere: what was moved is in tree/, the rest where it was, and the same command
+goes on.
+"""
+
+import fcntl
+import os
+import struct
+from pathlib import Path
+
+from pafkafs import deviceset, layout
+from pafkafs.errors import PafkafsError
+
+_OWN = {layout.TREE, layout.SHADOWS, layout.OBJECTS, layout.TMP, layout.LOST, layout.RECORD}
+_NOT_KAFKA = {"lost+found"}
+_MARK = ".pafkafs-adopting"
+
+
+def adopt(log_dir: str, fast: str, slow: list[str]) -> int:
+    """Moves log_dir's entries into fast/tree and forms the set; how many entries it has then."""
+    source, device = Path(log_dir).resolve(), Path(fast).resolve()
+    _check(source, device)
+    tree = device / layout.TREE
+    in_place = source == device
+    if in_place:
+        (device / _MARK).touch()  # a device that is half adopted is not "not empty"
+    _form_set(device, slow, ignore=source if source.parent == device else None)
+    tree.mkdir(exist_ok=True)
+    _move_entries(source, tree, skip=_OWN | _NOT_KAFKA | {_MARK} if in_place else set())
+    _copy_directory_attributes(source, tree)
+    if in_place:
+        (device / _MARK).unlink()
+    else:
+        source.rmdir()
+    for directory in (tree, device, source.parent):
+        _sync_directory(directory)
+    return len(os.listdir(tree))
+
+
+def _check(source: Path, device: Path) -> None:
+    if not source.is_dir():
+        raise PafkafsError(f"{source} is not a directory")
+    if not device.is_dir():
+        raise PafkafsError(f"the fast device {device} is not a directory")
+    if source.stat().st_dev != device.stat().st_dev:
+        raise PafkafsError(
+            f"{source} is not on the filesystem of {device}: adopting does not copy; "
+            "mount first, then let Kafka move the replicas, or copy them with cp -a"
+        )
+    if source != device and device.is_relative_to(source):
+        raise PafkafsError(f"the fast device {device} is inside {source}")
+    if source.is_relative_to(device / layout.TREE):
+        raise PafkafsError(f"{source} is in the home tree already")
+    lock = source / ".lock"
+    if lock.exists() and _is_locked(lock):
+        raise PafkafsError(f"a Kafka broker is using {source}: stop it first")
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a broker holds the fcntl lock that it takes on its log directories."""
+    with path.open("rb") as stream:
+        probe = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        answer = fcntl.fcntl(stream, fcntl.F_GETLK, probe)
+    kind: int = struct.unpack("hhqqi", answer)[0]
+    return kind != fcntl.F_UNLCK
+
+
+def _form_set(device: Path, slow: list[str], ignore: Path | None) -> None:
+    """As a first mount does; the entries to be adopted do not count as foreign."""
+    adopted = {ignore.name} if ignore is not None else set()
+    if (device / _MARK).exists():
+        adopted |= set(os.listdir(device))
+    for member in deviceset.assemble([str(device)], slow, adopting=frozenset(adopted)):
+        os.close(member.fd)
+
+
+def _move_entries(source: Path, tree: Path, skip: set[str]) -> None:
+    for name in os.listdir(source):
+        if name in skip:
+            continue
+        if (tree / name).exists():
+            raise PafkafsError(f"{tree / name} exists already: {source / name} was left")
+        os.rename(source / name, tree / name)
+
+
+def _copy_directory_attributes(source: Path, tree: Path) -> None:
+    """The log directory's own owner and mode are those of the mount's root."""
+    status = source.stat()
+    if os.geteuid() == 0:
+        os.chown(tree, status.st_uid, status.st_gid)
+    os.chmod(tree, status.st_mode & 0o7777)
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

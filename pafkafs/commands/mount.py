@@ -1,0 +1,148 @@
+"""`pafkafs mount`: checks, mounts, and serves in the background or in the foreground."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from pafkafs.config import DURABILITIES, MODES, MountOptions, mount_options, read_config
+from pafkafs.errors import PafkafsError
+
+_OK = b"ok"
+_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+@click.command()
+@click.argument("fast", required=False)
+@click.argument("slow", required=False)
+@click.argument("mountpoint", required=False)
+@click.option(
+    "--fast-capacity",
+    metavar="SIZE[,SIZE…]",
+    help="Room to use on each fast device, like 8GiB; -1 is the whole filesystem (default).",
+)
+@click.option(
+    "--slow-capacity",
+    metavar="SIZE[,SIZE…]",
+    help="The same for the slow devices. A short list repeats its last size.",
+)
+@click.option(
+    "--mode",
+    type=click.Choice(MODES),
+    help="Where new data goes: tiered (default): fast, and slow when there is no room; "
+    "fast: only there, ENOSPC when it is full; slow: to the slow tier.",
+)
+@click.option(
+    "--durability",
+    type=click.Choice(DURABILITIES),
+    help="What a written byte survives: power (default on DAX): loss of power; process (default "
+    "elsewhere): death of pafkafs and of Kafka, power loss needs fsync as on any filesystem.",
+)
+@click.option(
+    "--config", metavar="FILE", help="TOML file with these options (fast, slow, mountpoint too)."
+)
+@click.option("--log-file", metavar="FILE", help="Where the daemon logs.")
+@click.option(
+    "-f", "--foreground", is_flag=True, help="Stay in the foreground and log to stderr: systemd."
+)
+def mount(config: str | None, foreground: bool, **given: Any) -> None:
+    """Mount the tiers FAST and SLOW as one directory at MOUNTPOINT.
+
+    FAST and SLOW are directories, best the roots of their own filesystems; lists are separated by
+    commas. New directories are made into devices of a set; later mounts need all of them.
+    Returns when the mount is ready.
+    """
+    options = mount_options(
+        read_config(config) if config is not None else {},
+        {name.replace("_", "-"): value for name, value in given.items()},
+    )
+    if foreground:
+        _serve_in_foreground(options)
+    else:
+        start_in_background(options)
+
+
+def _serve_in_foreground(options: MountOptions) -> None:
+    from pafkafs.daemon import serve
+
+    handler = None if options.log_file is None else [_log_handler(Path(options.log_file))]
+    logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, handlers=handler)
+    serve(options, lambda: click.echo(f"{options.mountpoint} is mounted", err=True))
+
+
+def start_in_background(options: MountOptions) -> None:
+    """Forks the daemon and waits until it serves; raises what it failed with."""
+    read_end, write_end = os.pipe()
+    if os.fork() == 0:
+        os.close(read_end)
+        _become_daemon(options, write_end)
+    os.close(write_end)
+    with os.fdopen(read_end, "rb") as pipe:
+        message = pipe.read()
+    if message != _OK:
+        raise PafkafsError(message.decode() or f"the daemon died; see {log_path(options)}")
+
+
+def _become_daemon(options: MountOptions, write_end: int) -> NoReturn:
+    """In the child: never returns."""
+    os.setsid()
+    exit_status = 1
+    try:
+        path = log_path(options)
+        logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, handlers=[_log_handler(path)])
+        from pafkafs.daemon import serve
+
+        serve(options, lambda: _tell_ready(write_end))
+        exit_status = 0
+    except PafkafsError as error:
+        logging.error("%s", error)
+        _tell(write_end, str(error).encode())
+    except BaseException as error:
+        logging.exception("the daemon failed")
+        _tell(write_end, f"unexpected error: {error!r}; see {log_path(options)}".encode())
+    finally:
+        logging.shutdown()
+        os._exit(exit_status)
+
+
+def _tell_ready(write_end: int) -> None:
+    """Lets go of the terminal: from now on errors go to the log."""
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+    os.close(null)
+    _tell(write_end, _OK)
+
+
+def _tell(write_end: int, message: bytes) -> None:
+    try:
+        os.write(write_end, message)
+        os.close(write_end)
+    except OSError:
+        logging.exception("nobody waits for the daemon any more")
+
+
+def log_path(options: MountOptions) -> Path:
+    """Where the daemon of a mount logs."""
+    if options.log_file is not None:
+        return Path(options.log_file)
+    name = options.mountpoint.strip("/").replace("/", "-") + ".log"
+    if os.geteuid() == 0:
+        return Path("/var/log/pafkafs", name)
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return Path(state, "pafkafs", name)
+
+
+def _log_handler(path: Path) -> logging.Handler:
+    from logging.handlers import WatchedFileHandler  # goes on after logrotate
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return WatchedFileHandler(path)
+    except OSError as error:
+        print(f"pafkafs: cannot log to {path}: {error.strerror}", file=sys.stderr)
+        return logging.StreamHandler()

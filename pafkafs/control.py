@@ -1,0 +1,154 @@
+"""The daemon's control socket: where it is, who may use it, and its protocol.
+
+One line of JSON asks, one line answers: {"command": "status"} -> {"ok": true, "result": …} or
+{"ok": false, "error": "…"}.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import socket
+import stat
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from pafkafs.errors import PafkafsError
+
+REQUEST_BYTES_MAX = 4096
+ANSWER_BYTES_MAX = 16 << 20
+TIMEOUT_S = 5.0
+_CONNECTIONS_MAX = 16
+
+Commands = dict[str, Callable[[], Any]]
+
+
+class NoDaemon(PafkafsError):
+    """Nobody listens on the control socket."""
+
+
+def runtime_directory() -> Path:
+    """Where the sockets of this user's daemons are."""
+    if os.geteuid() == 0:
+        return Path("/run/pafkafs")
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(base, "pafkafs") if base else Path(f"/tmp/pafkafs-{os.geteuid()}")
+
+
+def socket_path(mountpoint: str) -> Path:
+    """The control socket of the daemon that serves a mountpoint."""
+    digest = hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:16]
+    return runtime_directory() / f"{digest}.sock"
+
+
+def _own_directory() -> Path:
+    directory = runtime_directory()
+    directory.mkdir(mode=0o700, exist_ok=True)
+    status = os.lstat(directory)
+    own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+    if not own or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PafkafsError(
+            f"{directory} is not a directory that only uid {os.geteuid()} may write to: remove it"
+        )
+    return directory
+
+
+def listen(mountpoint: str) -> socket.socket:
+    """Binds the control socket.  The devices' locks have already excluded another daemon."""
+    _own_directory()
+    path = socket_path(mountpoint)
+    path.unlink(missing_ok=True)
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    before = os.umask(0o177)  # 0600 from its first moment
+    try:
+        server.bind(str(path))
+    finally:
+        os.umask(before)
+    server.listen(_CONNECTIONS_MAX)
+    return server
+
+
+async def serve(server: socket.socket, commands: Commands) -> None:
+    """Answers requests until it is cancelled."""
+    listener = trio.SocketListener(trio.socket.from_stdlib_socket(server))
+    places = trio.Semaphore(_CONNECTIONS_MAX)
+
+    async def answer(stream: trio.SocketStream) -> None:
+        try:
+            places.acquire_nowait()
+        except trio.WouldBlock:
+            await stream.aclose()
+            return
+        try:
+            with trio.move_on_after(TIMEOUT_S):
+                await _converse(stream, commands)
+        except trio.BrokenResourceError:
+            return  # the client went away
+        finally:
+            places.release()
+            with trio.CancelScope(shield=True):
+                await trio.aclose_forcefully(stream)
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(trio.serve_listeners, answer, [listener])
+
+
+async def _converse(stream: trio.SocketStream, commands: Commands) -> None:
+    credentials = stream.socket.getsockopt(
+        socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
+    )
+    _, uid, _ = struct.unpack("3i", credentials)
+    if uid not in (0, os.geteuid()):
+        return
+    request = b""
+    while not request.endswith(b"\n"):
+        more = await stream.receive_some(REQUEST_BYTES_MAX)
+        request += more
+        if not more or len(request) > REQUEST_BYTES_MAX:
+            return
+    await stream.send_all(json.dumps(_answer(request, commands)).encode() + b"\n")
+
+
+def _answer(request: bytes, commands: Commands) -> dict[str, Any]:
+    try:
+        asked = json.loads(request)
+        command = commands[asked["command"]]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return {"ok": False, "error": f"unknown request; known are {', '.join(commands)}"}
+    return {"ok": True, "result": command()}
+
+
+def ask(mountpoint: str, command: str) -> Any:
+    """Asks the daemon of a mountpoint.  NoDaemon when none listens, PafkafsError otherwise."""
+    path = socket_path(mountpoint)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.settimeout(TIMEOUT_S)
+        try:
+            client.connect(str(path))
+            client.sendall(json.dumps({"command": command}).encode() + b"\n")
+            answer = _receive_line(client)
+        except (FileNotFoundError, ConnectionRefusedError) as error:
+            raise NoDaemon(f"no pafkafs daemon serves {mountpoint}") from error
+        except PermissionError as error:
+            raise PafkafsError(f"only root may ask the daemon of {mountpoint}") from error
+        except OSError as error:
+            reason = error.strerror or "it does not answer"
+            raise PafkafsError(f"the daemon of {mountpoint} cannot be asked: {reason}") from error
+    if not answer.get("ok"):
+        raise PafkafsError(str(answer.get("error", "the daemon refused the request")))
+    return answer["result"]
+
+
+def _receive_line(client: socket.socket) -> dict[str, Any]:
+    text = b""
+    while not text.endswith(b"\n"):
+        more = client.recv(1 << 16)
+        if not more or len(text) > ANSWER_BYTES_MAX:
+            raise OSError(errno.EPROTO, "the daemon closed the connection")
+        text += more
+    answer: dict[str, Any] = json.loads(text)
+    return answer

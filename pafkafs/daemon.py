@@ -1,0 +1,374 @@
+"""Assembles a mount from its parts, and owns start and stop."""
+
+import errno
+import logging
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import pyfuse3
+import trio
+
+from pafkafs import _native, control, deviceset, garbage, mountpoint, recovery, status
+from pafkafs.config import MountOptions
+from pafkafs.device import Device, Home, device_kind, open_device, open_home
+from pafkafs.errors import PafkafsError
+from pafkafs.files import OpenFiles
+from pafkafs.filesystem import Filesystem
+from pafkafs.migration import Spiller
+from pafkafs.namespace import Namespace
+from pafkafs.objects import ObjectUpkeep
+from pafkafs.policy import place_new
+
+log = logging.getLogger(__name__)
+
+_DEVICE_PATIENCE_S = 15.0
+_USAGE_INTERVAL_S = 1.0
+_SYNC_PATIENCE_S = 60.0
+# Tasks of the session: as many as setattrs that a hung device may hold.
+_SESSION_TASKS_MAX = 10_000
+
+# Nothing there, or something that is not a file below objects/.
+_NOT_THE_OBJECT = (errno.ENOENT, errno.EXDEV, errno.ELOOP)
+
+T = TypeVar("T")
+
+
+class Mount:
+    """A mount while it is served."""
+
+    def __init__(self, options: MountOptions) -> None:
+        self.options = options
+        self._started = time.monotonic()
+        self._stopping = trio.Event()
+        mountpoint.check(options.mountpoint, options.fast + options.slow)
+        self.devices, self.home, paths, self.durability = _within_patience(
+            lambda: _open_devices(options)
+        )
+        self._by_id = {device.id: device for device in self.devices}
+        self._scan = recovery.scan_tree(self.home, self._by_id, paths)
+        self._old_shadows = os.listdir(self.home.shadows_fd)
+        _count(self.devices, self._scan)
+
+    # -- status -------------------------------------------------------------------------------
+
+    def snapshot(self) -> status.MountStatus:
+        """The mount as it is now."""
+        problems = [p for device in self.devices for p in status.device_problems(device)]
+        problems += self._own_problems()
+        return status.MountStatus(
+            mountpoint=self.options.mountpoint,
+            state=status.DEGRADED if problems else status.HEALTHY,
+            durability=self.durability,
+            mode=self.options.mode.value,
+            pid=os.getpid(),
+            uptime_s=round(time.monotonic() - self._started, 1),
+            open_files=len(self._files),
+            requests=self._front.answered + self._front.forwarded,
+            spilled_files=self._spiller.totals.files,
+            spilled_bytes=self._spiller.totals.bytes,
+            tiers=status.tier_statuses(self.devices),
+            problems=tuple(problems),
+            notes=tuple(notes(self.devices, self.durability)),
+        )
+
+    def _own_problems(self) -> list[status.Problem]:
+        found = []
+        damaged = self._namespace.damaged | self._scan.damaged
+        if damaged:
+            example = os.fsdecode(min(damaged))
+            found.append(
+                status.Problem(
+                    f"{len(damaged)} stubs do not lead to a device of this set and were refused, "
+                    f"such as {example}",
+                    "restore them, or remove them through the mount: rm",
+                )
+            )
+        if self._scan.copied:
+            found.append(
+                status.Problem(
+                    f"{len(self._scan.copied)} objects have several stubs: copied by hand?",
+                    "copy demoted files with cp -L",
+                )
+            )
+        if self._spiller.degraded is not None:
+            found.append(status.Problem(self._spiller.degraded, "check the fast device: dmesg"))
+        return found
+
+    # -- serving ------------------------------------------------------------------------------
+
+    async def run(self, on_ready: Callable[[], None]) -> None:
+        """Serves until it is unmounted or told to stop.  Raises PafkafsError before ready."""
+        _raise_limits()
+        server = control.listen(self.options.mountpoint)
+        fuse_fd = mountpoint.attach(self.options.source, self.options.mountpoint)
+        try:
+            async with trio.open_nursery() as nursery:
+                self._build(nursery, fuse_fd)
+                await self._reconcile_before_serving(nursery)
+                nursery.start_soon(control.serve, server, {"status": self._status})
+                nursery.start_soon(self._upkeep.run)
+                nursery.start_soon(self._watch_usage)
+                nursery.start_soon(self._watch_signals)
+                nursery.start_soon(self._handle_events, on_ready)
+                nursery.start_soon(self._collect_garbage)
+                self._front.start()
+                await pyfuse3.main(max_tasks=_SESSION_TASKS_MAX)
+                await self._finish()
+                nursery.cancel_scope.cancel()
+        finally:
+            control.socket_path(self.options.mountpoint).unlink(missing_ok=True)
+            self._detach_if_left()
+
+    def _build(self, nursery: trio.Nursery, fuse_fd: int) -> None:
+        threads = max(2, min(4, os.cpu_count() or 2))
+        self._front = _native.Front(fuse_fd, threads)
+        self._upkeep = ObjectUpkeep(self.home, self._by_id)
+        self._upkeep.kept |= self._scan.copied
+        self._files = OpenFiles(
+            self._front, nursery, lambda file: self._namespace.file_closed(file)
+        )
+        self._namespace = Namespace(
+            self.home,
+            self._by_id,
+            self._files,
+            self._upkeep,
+            self._place,
+            durable_names=self.durability == "power",
+        )
+        self._spiller = Spiller(self._namespace, self.home, self._by_id, self.options.mode)
+        self._reconciler = recovery.Reconciler(self._namespace, self.home, self._scan)
+        operations = Filesystem(self._namespace, self.devices)
+        pyfuse3.init(operations, f"/dev/fd/{self._front.session_fd}", set())
+
+    def _place(self, bulk: bool) -> Device:
+        rooms = [device.room for device in self.devices]
+        return self.devices[place_new(self.options.mode, rooms, bulk=bulk)]
+
+    def _status(self) -> dict[str, object]:
+        return status.as_dict(self.snapshot())
+
+    async def _reconcile_before_serving(self, nursery: trio.Nursery) -> None:
+        for device in self.devices:
+            self._reconciler.done[device.id] = trio.Event()
+            nursery.start_soon(self._reconciler.run, device)
+        with trio.move_on_after(recovery.COMPARE_BEFORE_SERVING_S):
+            for done in self._reconciler.done.values():
+                await done.wait()
+
+    async def _handle_events(self, on_ready: Callable[[], None]) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self._front.event_fd)
+            for kind, ino, value in self._front.take_events():
+                if kind == _native.EVENT_READY:
+                    self._became_ready(on_ready)
+                elif kind == _native.EVENT_ENDED:
+                    self._stopping.set()
+                else:
+                    self._file_event(kind, ino, value)
+
+    def _became_ready(self, on_ready: Callable[[], None]) -> None:
+        mounted = mountpoint.find_mounted(self.options.mountpoint)
+        if mounted is not None:
+            mountpoint.tune_page_cache(mounted)
+        on_ready()
+        log.info("serving %s", self.options.mountpoint)
+
+    def _file_event(self, kind: int, ino: int, value: int) -> None:
+        node = self._namespace.nodes.find(ino)
+        if node is None or node.file is None:
+            return
+        file = node.file
+        if kind == _native.EVENT_NO_ROOM:
+            self._files.start_soon(self._spiller.make_room, file)
+        elif kind == _native.EVENT_QUIET and file.quiet is not None:
+            file.quiet.set()
+        elif kind == _native.EVENT_RECONCILED:
+            pyfuse3.invalidate_inode(ino, attr_only=True)
+        elif kind == _native.EVENT_OBJECT_ERROR and node.stub is not None:
+            if value in _NOT_THE_OBJECT:
+                file.device.missing_objects.add(node.stub.object_id)
+            file.device.failed(
+                f"cannot open the data of {os.fsdecode(node.path())}: {os.strerror(value)}"
+            )
+        elif kind == _native.EVENT_IO_ERROR:
+            file.device.failed(f"{os.fsdecode(node.path())}: {os.strerror(value)}")
+
+    async def _watch_usage(self) -> None:
+        while True:
+            await trio.sleep(_USAGE_INTERVAL_S)
+            for device in self.devices:
+                if device.hung_s or device.limiter.borrowed_tokens:
+                    continue  # it is busy; asking again would only queue up
+                try:
+                    await trio.to_thread.run_sync(
+                        device.refresh_usage, limiter=device.limiter, abandon_on_cancel=True
+                    )
+                except OSError as error:
+                    device.failed(f"statvfs: {error.strerror}")
+
+    async def _collect_garbage(self) -> None:
+        """Once, after all objects were compared; what is made meanwhile is no candidate."""
+        opened = self._files.opened_objects
+        assert opened is not None
+        garbage.collect_shadows(self.home, set(self._scan.stubs) | opened, self._old_shadows)
+        for device in self.devices:
+            await self._reconciler.done[device.id].wait()
+            for ino in self._reconciler.changed_nodes:
+                pyfuse3.invalidate_inode(ino, attr_only=True)
+            self._reconciler.changed_nodes.clear()
+            report = await trio.to_thread.run_sync(
+                garbage.collect,
+                device,
+                self._referenced,
+                limiter=device.limiter,
+                abandon_on_cancel=True,
+            )
+            device.suspicious_objects = report.unreferenced if report.suspicious else 0
+        self._files.opened_objects = None
+
+    def _referenced(self) -> set[str]:
+        return set(self._scan.stubs) | (self._files.opened_objects or set())
+
+    # -- stopping -----------------------------------------------------------------------------
+
+    async def _watch_signals(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for _ in signals:
+                log.info("stopping %s", self.options.mountpoint)
+                await self._unmount()
+
+    async def _unmount(self) -> None:
+        """Detaches, also when busy: then open files are cut off, after everything is synced."""
+        where = self.options.mountpoint
+        with trio.move_on_after(_SYNC_PATIENCE_S):
+            # Stores into mappings are still in the kernel.  A process of its own, because a
+            # call into our own mount may wait for us.
+            await trio.run_process(
+                ["sync", "-f", where], check=False, capture_stdout=True, capture_stderr=True
+            )
+        try:
+            await trio.to_thread.run_sync(lambda: mountpoint.detach(where, lazy=False))
+        except OSError as error:
+            log.warning("%s is busy (%s): open files are cut off", where, error.strerror)
+            await trio.to_thread.run_sync(lambda: mountpoint.detach(where, lazy=True))
+            await trio.to_thread.run_sync(self._front.stop)
+
+    async def _finish(self) -> None:
+        """After the last request: all that was written is made durable."""
+        with trio.CancelScope(shield=True):
+            with trio.move_on_after(_SYNC_PATIENCE_S):
+                for file in self._files.all():
+                    await self._sync_file(file.native, file.device)
+                await self._upkeep.flush()
+                await self._namespace.sync_directory(self._namespace.nodes.root)
+            self._front.stop()
+            for device in self.devices:
+                if device.native.stop() > 0:
+                    log.error("%s hangs and is left behind", os.fsdecode(device.path))
+        log.info("stopped %s", self.options.mountpoint)
+
+    async def _sync_file(self, native: _native.File, device: Device) -> None:
+        try:
+            await trio.to_thread.run_sync(
+                native.sync, limiter=device.limiter, abandon_on_cancel=True
+            )
+        except OSError as error:
+            device.failed(f"fsync at unmount: {error.strerror}")
+
+    def _detach_if_left(self) -> None:
+        """After a failure the mountpoint is not left dead."""
+        where = self.options.mountpoint
+        if mountpoint.find_mounted(where) is not None:
+            mountpoint.detach(where, lazy=True)
+
+
+def notes(devices: list[Device], durability: str) -> list[str]:
+    """What the operator should know, though nothing is wrong."""
+    found = []
+    if devices[0].kind == "memory":
+        found.append("the fast tier is in memory: a power loss takes its data and all names")
+    if durability == "power" and devices[0].kind != "dax":
+        found.append("durability power without DAX: each write is synchronous, and slow")
+    return found
+
+
+def serve(options: MountOptions, on_ready: Callable[[], None]) -> None:
+    """Mounts and serves until unmounted; on_ready is called once requests are answered."""
+    mount = Mount(options)
+    try:
+        trio.run(mount.run, on_ready)
+    except* PafkafsError as group:
+        raise first_of(group) from None
+
+
+def first_of(group: BaseExceptionGroup[PafkafsError]) -> PafkafsError:
+    """One error of a group, for its message."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, PafkafsError)
+    return error
+
+
+def _open_devices(
+    options: MountOptions,
+) -> tuple[list[Device], Home, dict[str, tuple[bytes, ...]], str]:
+    members = deviceset.assemble(options.fast, options.slow)
+    kinds = [device_kind(member.fd, member.member.path) for member in members]
+    durability = options.durability or ("power" if kinds[0] == "dax" else "process")
+    capacities = options.fast_capacity + options.slow_capacity
+    devices = [
+        open_device(member, capacity, power=durability == "power", kind=kind)
+        for member, capacity, kind in zip(members, capacities, kinds, strict=True)
+    ]
+    paths = {member.member.device: member.all_paths for member in members}
+    return devices, open_home(devices[0]), paths, durability
+
+
+def _within_patience(act: Callable[[], T]) -> T:
+    """Runs what may hang in a device in a thread that can be left behind."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(act())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(_DEVICE_PATIENCE_S)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise PafkafsError(
+            f"a device has not answered for {_DEVICE_PATIENCE_S:.0f} s: check it with dmesg"
+        )
+    return results[0]
+
+
+def _count(devices: list[Device], scan: recovery.Scan) -> None:
+    home = devices[0]
+    home.files = scan.plain_files
+    if home.capacity_option >= 0:
+        home.native.add_used(scan.plain_bytes)
+    for device in devices:
+        device.files += sum(1 for stub in scan.stubs.values() if stub.device_id == device.id)
+
+
+def _raise_limits() -> None:
+    """As many descriptors as we may have: two for each open file."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max(hard, int(Path("/proc/sys/fs/nr_open").read_text()))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, wanted))
+    except (PermissionError, ValueError):  # without CAP_SYS_RESOURCE
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

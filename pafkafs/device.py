@@ -1,0 +1,173 @@
+"""A device while it is mounted: its directories, its room, and what is wrong with it."""
+
+import logging
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import trio
+
+from pafkafs import _native, layout
+from pafkafs.config import WHOLE_FILESYSTEM
+from pafkafs.deviceset import SetDevice
+from pafkafs.errors import PafkafsError
+from pafkafs.policy import Room
+
+# Stubs, shadows and directories must still fit when data fills the home device.
+_RESERVE_SHARE = 0.02
+_RESERVE_MIN_BYTES = 1 << 20
+_RESERVE_MAX_BYTES = 1 << 30
+
+# Threads that Python itself may have blocked in one slow device.
+_SLOW_THREADS = 8
+
+HUNG_AFTER_S = 5.0
+_ERROR_IS_NEWS_S = 600.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Device:
+    """Invariant: native.used_bytes is what is allocated plus what is reserved by requests."""
+
+    id: str
+    path: bytes
+    tier: int
+    kind: str
+    capacity_option: int
+    native: _native.Device
+    fd: int
+    objects_fd: int
+    lost_fd: int
+    capacity_bytes: int
+    files: int = 0
+    limiter: trio.CapacityLimiter = field(
+        default_factory=lambda: trio.CapacityLimiter(_SLOW_THREADS)
+    )
+    last_error: str | None = None
+    last_error_at: float = 0.0
+    missing_objects: set[str] = field(default_factory=set)
+    suspicious_objects: int = 0  # without a stub, and too many to be garbage
+
+    @property
+    def slow(self) -> bool:
+        """Whether only workers may wait for it."""
+        return self.tier > 0
+
+    @property
+    def hung_s(self) -> float:
+        """Age in seconds of the oldest request in the device, when that is suspicious; else 0."""
+        age = self.native.busy_ns / 1e9
+        return age if age > HUNG_AFTER_S else 0.0
+
+    def failed(self, what: str) -> None:
+        """Remembers, for status, what went wrong on the device."""
+        self.last_error = what
+        self.last_error_at = time.monotonic()
+        log.error("%s: %s", os.fsdecode(self.path), what)
+
+    @property
+    def recent_error(self) -> str | None:
+        """The last error, while it is news."""
+        recent = time.monotonic() - self.last_error_at < _ERROR_IS_NEWS_S
+        return self.last_error if recent else None
+
+    @property
+    def room(self) -> Room:
+        """Its room, for policy."""
+        return Room(
+            self.tier, self.native.used_bytes, self.native.limit_bytes, in_service=not self.hung_s
+        )
+
+    def refresh_usage(self) -> None:
+        """Counts what anything on the device takes.  A statvfs: may block on a slow device."""
+        status = os.fstatvfs(self.fd)
+        whole = status.f_blocks * status.f_frsize
+        free = status.f_bavail * status.f_frsize
+        if self.capacity_option == WHOLE_FILESYSTEM:
+            # Blocks that only root may use are not ours: they are not capacity.
+            self.capacity_bytes = whole - (status.f_bfree - status.f_bavail) * status.f_frsize
+            self.native.used_bytes = self.capacity_bytes - free
+        self.native.limit_bytes = self.capacity_bytes - self.reserve_bytes
+
+    @property
+    def reserve_bytes(self) -> int:
+        """Room kept for metadata."""
+        share = int(self.capacity_bytes * _RESERVE_SHARE)
+        return min(max(share, _RESERVE_MIN_BYTES), _RESERVE_MAX_BYTES, self.capacity_bytes // 4)
+
+
+@dataclass(frozen=True)
+class Home:
+    """The home tree's own directories, on the first fast device."""
+
+    tree_fd: int
+    shadows_fd: int
+    tmp_fd: int
+    device_number: int
+
+
+def filesystem_type(path: str) -> str:
+    """The type of the filesystem that path is on, as /proc/mounts names it."""
+    real = Path(os.path.realpath(path))
+    mounts = [p for p in psutil.disk_partitions(all=True) if real.is_relative_to(p.mountpoint)]
+    # Of two mounts at one place the later one is seen.
+    best = max(enumerate(mounts), key=lambda m: (len(m[1].mountpoint), m[0]), default=None)
+    return "unknown" if best is None else best[1].fstype
+
+
+def device_kind(fd: int, path: str) -> str:
+    """`memory`, `dax` or `block`."""
+    if filesystem_type(path) in ("tmpfs", "ramfs"):
+        return "memory"
+    try:
+        return "dax" if _native.is_dax(fd) else "block"
+    except OSError:
+        return "block"  # no O_TMPFILE there: certainly not ext4 or xfs on DAX
+
+
+def open_device(member: SetDevice, capacity: int, *, power: bool, kind: str) -> Device:
+    """Opens a recognised device for serving; makes its directories."""
+    path = member.member.path
+    try:
+        objects_fd = layout.open_state_directory(member.fd, layout.OBJECTS)
+        lost_fd = layout.open_state_directory(member.fd, layout.LOST)
+        native = _native.Device(
+            os.dup(objects_fd), slow=member.member.tier > 0, memory=kind == "memory", power=power
+        )
+        device = Device(
+            id=member.member.device,
+            path=member.path,
+            tier=member.member.tier,
+            kind=kind,
+            capacity_option=capacity,
+            native=native,
+            fd=member.fd,
+            objects_fd=objects_fd,
+            lost_fd=lost_fd,
+            capacity_bytes=capacity,
+        )
+        device.refresh_usage()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise PafkafsError(f"cannot use the device {path}: {reason}") from error
+    return device
+
+
+def open_home(device: Device) -> Home:
+    """Opens the home tree of the first fast device; makes it if it is new."""
+    try:
+        tree_fd = layout.open_state_directory(device.fd, layout.TREE)
+        shadows_fd = layout.open_state_directory(device.fd, layout.SHADOWS)
+        tmp_fd = layout.open_state_directory(device.fd, layout.TMP)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise PafkafsError(
+            f"cannot use the home tree on {os.fsdecode(device.path)}: {reason}"
+        ) from error
+    for name in os.listdir(tmp_fd):  # stubs whose commit never came
+        os.unlink(name, dir_fd=tmp_fd)
+    return Home(tree_fd, shadows_fd, tmp_fd, os.fstat(tree_fd).st_dev)

@@ -1,0 +1,319 @@
+"""Who the devices are: recognising, forming and locking the set that belongs together.
+
+Each device has a record, pafkafs.json; that of the first fast device also lists all members.
+A set is formed in an order that can be cut anywhere: first the list of members, marked as
+forming, then each member's own record, then the mark is removed.  A mount that finds the mark
+goes on where the first one stopped.
+"""
+
+import fcntl
+import json
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pafkafs import layout
+from pafkafs.errors import PafkafsError
+
+FORMAT = 1
+_IGNORED_ENTRIES = {"lost+found"}  # every new ext4 has one
+_TIER_NAMES = ("fast", "slow")
+
+
+@dataclass(frozen=True)
+class Member:
+    """A device as its record and the list of members have it.
+
+    earlier are the paths it was mounted at before: stubs may still have them.
+    """
+
+    device: str
+    tier: int
+    index: int
+    path: str
+    earlier: tuple[str, ...] = ()
+
+    def at(self, path: str) -> "Member":
+        """The same device, mounted at path now."""
+        if path == self.path:
+            return self
+        earlier = tuple(p for p in (*self.earlier, self.path) if p != path)
+        return replace(self, path=path, earlier=earlier)
+
+
+@dataclass(frozen=True)
+class Record:
+    """pafkafs.json.  members is empty on all but the first fast device."""
+
+    format: int
+    set: str
+    member: Member
+    members: tuple[Member, ...] = ()
+    forming: bool = False
+
+
+@dataclass(frozen=True)
+class SetDevice:
+    """A device that was recognised, opened and locked."""
+
+    member: Member
+    fd: int
+
+    @property
+    def path(self) -> bytes:
+        """Where it is now."""
+        return os.fsencode(self.member.path)
+
+    @property
+    def all_paths(self) -> tuple[bytes, ...]:
+        """Where its stubs may say that it is."""
+        return tuple(map(os.fsencode, (self.member.path, *self.member.earlier)))
+
+
+def parse_record(text: bytes) -> Record:
+    """The record in a pafkafs.json; ValueError when it is not one."""
+    try:
+        raw: Any = json.loads(text)
+        record = Record(
+            format=raw["format"],
+            set=raw["set"],
+            member=_member(raw["member"]),
+            members=tuple(_member(member) for member in raw["members"]),
+            forming=raw["forming"],
+        )
+    except (TypeError, KeyError, AttributeError, UnicodeDecodeError) as error:
+        raise ValueError(f"not a device record: {error}") from error
+    _check_types(record)
+    return record
+
+
+def _member(raw: Any) -> Member:
+    return Member(**{**raw, "earlier": tuple(raw["earlier"])})
+
+
+def _check_types(record: Record) -> None:
+    for member in (record.member, *record.members):
+        good = (
+            isinstance(member.device, str)
+            and len(member.device) == 8
+            and isinstance(member.tier, int)
+            and isinstance(member.index, int)
+            and isinstance(member.path, str)
+            and all(isinstance(path, str) for path in member.earlier)
+        )
+        if not good:
+            raise ValueError("not a device record: a member has fields of the wrong type")
+    if not isinstance(record.set, str) or not isinstance(record.forming, bool):
+        raise ValueError("not a device record: fields of the wrong type")
+
+
+def read_record(fd: int, path: str) -> Record | None:
+    """The record of the device open at fd; None when it is new."""
+    try:
+        record_fd = os.open(layout.RECORD, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise PafkafsError(f"cannot read {path}/{layout.RECORD}: {error.strerror}") from error
+    with os.fdopen(record_fd, "rb") as stream:
+        text = stream.read(1 << 20)
+    try:
+        record = parse_record(text)
+    except ValueError as error:
+        raise PafkafsError(
+            f"{path}/{layout.RECORD} is damaged ({error}); restore it from a backup of the "
+            "device, do not delete it: the files on the other devices depend on it"
+        ) from error
+    if record.format != FORMAT:
+        raise PafkafsError(
+            f"{path} has format {record.format}, this pafkafs knows {FORMAT}: use a newer pafkafs"
+        )
+    return record
+
+
+def write_record(fd: int, record: Record) -> None:
+    """Replaces the record durably: after a crash it is the old or the new one."""
+    text = json.dumps(asdict(record), indent=2).encode() + b"\n"
+    temporary = f".{layout.RECORD}.{secrets.token_hex(4)}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with os.fdopen(os.open(temporary, flags, 0o600, dir_fd=fd), "wb") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.rename(temporary, layout.RECORD, src_dir_fd=fd, dst_dir_fd=fd)
+    os.fsync(fd)
+
+
+def open_device(path: str, role: str) -> int:
+    """Opens and locks a device's directory, for as long as the descriptor is open."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise PafkafsError(
+            f"the {role} device {path} does not exist: mount it, or create the directory"
+        ) from None
+    except NotADirectoryError:
+        raise PafkafsError(f"the {role} device {path} is not a directory") from None
+    except OSError as error:
+        raise PafkafsError(f"cannot open the {role} device {path}: {error.strerror}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise PafkafsError(
+            f"the {role} device {path} is in use by another pafkafs; see pafkafs status"
+        ) from None
+    return fd
+
+
+def check_writable(fd: int, path: str, role: str) -> None:
+    """Refuses a device where nothing can be written, before anything is changed."""
+    try:
+        probe = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=fd)
+    except OSError as error:
+        raise PafkafsError(f"cannot write to the {role} device {path}: {error.strerror}") from error
+    os.close(probe)
+
+
+def check_new(fd: int, path: str, role: str, adopting: frozenset[str]) -> None:
+    """A device without a record must be empty: nobody's data is taken over by mistake."""
+    found = [name for name in os.listdir(fd) if name not in _IGNORED_ENTRIES | adopting]
+    if found:
+        advice = (
+            "for an existing Kafka log directory see pafkafs adopt --help"
+            if role == "fast"
+            else "give an empty directory"
+        )
+        raise PafkafsError(
+            f"the {role} device {path} is not empty and was not made by pafkafs "
+            f"(it has '{sorted(found)[0]}'); {advice}"
+        )
+
+
+def assemble(
+    fast: Sequence[str], slow: Sequence[str], *, adopting: frozenset[str] = frozenset()
+) -> list[SetDevice]:
+    """Opens, locks and checks the devices of a mount; forms the set when they are new.
+
+    adopting are entries that a new fast device may have.  Nothing is changed unless all devices
+    pass.  Raises PafkafsError.
+    """
+    wanted = [(0, i, path) for i, path in enumerate(fast)]
+    wanted += [(1, i, path) for i, path in enumerate(slow)]
+    fds: list[int] = []
+    try:
+        for tier, _, path in wanted:
+            fds.append(open_device(path, _TIER_NAMES[tier]))
+        return _recognise(wanted, fds, adopting)
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
+
+
+def _recognise(
+    wanted: list[tuple[int, int, str]], fds: list[int], adopting: frozenset[str]
+) -> list[SetDevice]:
+    _check_distinct(wanted, fds)
+    records: list[Record | None] = []
+    for (tier, _, path), fd in zip(wanted, fds, strict=True):
+        record = read_record(fd, path)
+        if record is None:
+            check_new(fd, path, _TIER_NAMES[tier], adopting if tier == 0 else frozenset())
+        check_writable(fd, path, _TIER_NAMES[tier])
+        records.append(record)
+    home = records[0]
+    if home is None:
+        _check_all_new(wanted, records)
+        members = [Member(secrets.token_hex(4), t, i, p) for t, i, p in wanted]
+        home = Record(FORMAT, secrets.token_hex(8), members[0], tuple(members), forming=True)
+        return _form(home, members, records, fds)
+    if not home.members:
+        raise PafkafsError(
+            f"{wanted[0][2]} is not the first fast device of its set; "
+            "give the fast devices in the order of the first mount"
+        )
+    members = _match_members(home, wanted, records)
+    return _form(home, members, records, fds)
+
+
+def _check_distinct(wanted: list[tuple[int, int, str]], fds: list[int]) -> None:
+    seen: dict[tuple[int, int], str] = {}
+    for (_, _, path), fd in zip(wanted, fds, strict=True):
+        status = os.fstat(fd)
+        other = seen.setdefault((status.st_dev, status.st_ino), path)
+        if other is not path:
+            raise PafkafsError(f"{path} and {other} are the same directory")
+    for _, _, path in wanted:
+        for _, _, other in wanted:
+            if path != other and Path(os.path.realpath(other)).is_relative_to(
+                os.path.realpath(path)
+            ):
+                raise PafkafsError(f"the device {other} is inside the device {path}")
+
+
+def _check_all_new(wanted: list[tuple[int, int, str]], records: list[Record | None]) -> None:
+    for (tier, _, path), record in zip(wanted, records, strict=True):
+        if record is not None:
+            raise PafkafsError(
+                f"the {_TIER_NAMES[tier]} device {path} belongs to a set whose first fast device "
+                f"is not {wanted[0][2]}, which is new; mount the right fast device"
+            )
+
+
+def _match_members(
+    home: Record, wanted: list[tuple[int, int, str]], records: list[Record | None]
+) -> list[Member]:
+    """The members in the order they were given; new devices join at the end of their tier."""
+    members: list[Member] = []
+    for (tier, index, path), record in zip(wanted, records, strict=True):
+        expected = next((m for m in home.members if (m.tier, m.index) == (tier, index)), None)
+        if record is None:
+            if expected is not None and not home.forming:
+                raise PafkafsError(
+                    f"{path} is new, but the set needs its {_TIER_NAMES[tier]} device "
+                    f"{expected.device}, last at {expected.path}; mount that one there"
+                )
+            device = secrets.token_hex(4) if expected is None else expected.device
+            members.append(Member(device, tier, index, path))
+            continue
+        if record.set != home.set:
+            raise PafkafsError(f"{path} belongs to another set of devices than {wanted[0][2]}")
+        if record.member.tier != tier:
+            raise PafkafsError(
+                f"{path} is a {_TIER_NAMES[record.member.tier]} device of its set, "
+                f"but was given as {_TIER_NAMES[tier]}: swap the arguments"
+            )
+        members.append(record.member.at(path))
+    _check_none_missing(home, members)
+    return members
+
+
+def _check_none_missing(home: Record, members: list[Member]) -> None:
+    given = {member.device for member in members}
+    for member in home.members:
+        if member.device not in given:
+            raise PafkafsError(
+                f"the {_TIER_NAMES[member.tier]} device {member.device}, last at {member.path}, "
+                "is missing: give all devices of the set"
+            )
+    if members[0].index != 0:
+        raise PafkafsError("the first fast device must be given first")
+
+
+def _form(
+    home: Record, members: list[Member], records: list[Record | None], fds: list[int]
+) -> list[SetDevice]:
+    """Writes what is new or has moved, in the order that survives a crash."""
+    formed = replace(home, member=members[0], members=tuple(members))
+    if records[0] != replace(formed, forming=False):
+        write_record(fds[0], replace(formed, forming=True))
+        for member, record, fd in zip(members[1:], records[1:], fds[1:], strict=True):
+            mine = Record(FORMAT, home.set, member)
+            if record != mine:
+                write_record(fd, mine)
+        write_record(fds[0], replace(formed, forming=False))
+    return [SetDevice(member, fd) for member, fd in zip(members, fds, strict=True)]

@@ -1,0 +1,214 @@
+"""Open files: the Python side of native File, one for each open inode.
+
+Contents never pass through here.  What does: opening and closing, truncation, the gate.
+"""
+
+import errno
+import itertools
+import logging
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import trio
+
+from pafkafs import _native
+from pafkafs.device import Device
+from pafkafs.nodes import Node
+
+log = logging.getLogger(__name__)
+
+_OPEN_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+
+
+class OpenFile:
+    """An open inode with its handles.
+
+    users counts handles and operations of our own; the last one closes it.
+    """
+
+    __slots__ = ("device", "gate_open", "native", "node", "quiet", "read_only", "users")
+
+    def __init__(self, node: Node, native: _native.File, device: Device, read_only: bool) -> None:
+        self.node = node
+        self.native = native
+        self.device = device
+        self.read_only = read_only  # without privilege, of a file with mode 0400
+        self.users = 0
+        self.gate_open: trio.Event | None = None  # set while the gate is closed
+        self.quiet: trio.Event | None = None
+
+    async def close_gate(self) -> None:
+        """No change of the file is under way when this returns, and none begins."""
+        assert self.gate_open is None
+        self.gate_open = trio.Event()
+        self.quiet = trio.Event()
+        if not self.native.close_gate():
+            await self.quiet.wait()
+        self.quiet = None
+
+    def open_gate(self) -> None:
+        """What waited at the gate goes on."""
+        assert self.gate_open is not None
+        self.native.open_gate()
+        self.gate_open.set()
+        self.gate_open = None
+
+    async def truncate(self, size: int) -> None:
+        """Sets the size; waits at the gate, and in a worker for a slow device."""
+        while True:
+            while self.gate_open is not None:
+                await self.gate_open.wait()
+            try:
+                if self.device.slow:
+                    await trio.to_thread.run_sync(
+                        self.native.truncate, size, limiter=self.device.limiter
+                    )
+                else:
+                    self.native.truncate(size)
+                return
+            except BlockingIOError:
+                # Someone closed the gate between our look and the call.
+                await trio.lowlevel.checkpoint()
+
+
+class OpenFiles:
+    """All open files of a mount."""
+
+    def __init__(
+        self,
+        front: _native.Front,
+        nursery: trio.Nursery,
+        on_closed: Callable[[OpenFile], None],
+    ) -> None:
+        self._front = front
+        self._nursery = nursery
+        self._on_closed = on_closed
+        self._handles: dict[int, OpenFile] = {}
+        self._numbers = itertools.count(1)
+        self.opened_objects: set[str] | None = set()  # since the mount; None: nobody asks
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    def all(self) -> list[OpenFile]:
+        """Every open file once."""
+        return list({id(file): file for file in self._handles.values()}.values())
+
+    def attach_plain(self, node: Node, device: Device, fd: int, *, read_only: bool) -> OpenFile:
+        """Makes node's open file of a descriptor of the file itself."""
+        native = self._front.open_plain(node.ino, device.native, fd)
+        node.file = OpenFile(node, native, device, read_only)
+        return node.file
+
+    def attach_object(
+        self, node: Node, device: Device, shadow_fd: int, *, create: bool, nlink: int
+    ) -> OpenFile:
+        """Makes node's open file of a shadow; its object is opened by the first I/O."""
+        assert node.stub is not None
+        native = self._front.open_object(
+            node.ino, device.native, shadow_fd, node.stub.object, create
+        )
+        native.nlink = nlink
+        self.object_made(node.stub.object_id)
+        node.file = OpenFile(node, native, device, read_only=False)
+        return node.file
+
+    def object_made(self, object_id: str) -> None:
+        """An object of this id is about to be, and is no garbage of an earlier mount."""
+        if self.opened_objects is not None:
+            self.opened_objects.add(object_id)
+
+    def start_soon(self, act: Callable[[OpenFile], Awaitable[None]], file: OpenFile) -> None:
+        """Runs an operation on a file in the background."""
+        self._nursery.start_soon(act, file)
+
+    def open_data_soon(self, file: OpenFile) -> None:
+        """Has the object of a new file made before anybody writes to it."""
+        file.users += 1
+        self._nursery.start_soon(self._open_data, file)
+
+    async def _open_data(self, file: OpenFile) -> None:
+        try:
+            await trio.to_thread.run_sync(
+                file.native.open_data, limiter=file.device.limiter, abandon_on_cancel=True
+            )
+        except OSError as error:
+            file.device.failed(f"cannot create an object: {error.strerror}")
+        self._end_use(file)
+
+    def add_handle(self, file: OpenFile) -> int:
+        """A new handle of the file, as the kernel gets to know it."""
+        handle = next(self._numbers)
+        file.native.add_handle(handle)
+        self._handles[handle] = file
+        file.users += 1
+        return handle
+
+    def release(self, handle: int) -> None:
+        """The kernel has closed a handle."""
+        file = self._handles.pop(handle)
+        file.native.remove_handle(handle)
+        self._end_use(file)
+
+    @asynccontextmanager
+    async def used(self, file: OpenFile) -> AsyncIterator[OpenFile]:
+        """Keeps a file open for an operation of our own."""
+        file.users += 1
+        try:
+            yield file
+        finally:
+            self._end_use(file)
+
+    def _end_use(self, file: OpenFile) -> None:
+        file.users -= 1
+        if file.users > 0:
+            return
+        if file.device.slow and file.native.unsynced and file.node.names:
+            # It stays open until it is synced, so that an fsync through a later handle knows
+            # that there is something to do, and sees the error of this one.
+            file.users += 1
+            self._nursery.start_soon(self._sync_and_close, file)
+            return
+        self._on_closed(file)
+        file.native.close()
+        file.node.file = None
+
+    async def _sync_and_close(self, file: OpenFile) -> None:
+        try:
+            await trio.to_thread.run_sync(
+                _sync_with_times, file.native, limiter=file.device.limiter, abandon_on_cancel=True
+            )
+        except OSError as error:
+            log.error("fsync of %s failed: %s", os.fsdecode(file.node.path()), error.strerror)
+            return
+        self._end_use(file)
+
+
+def _sync_with_times(native: _native.File) -> None:
+    """fsync, and the shadow's times for the object: a Kafka started on tree/ sees those."""
+    native.sync()
+    status = os.fstat(native.attr_fd)
+    if native.data_fd >= 0:
+        os.utime(native.data_fd, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def open_data(name: bytes, dir_fd: int) -> tuple[int, bool]:
+    """Opens a plain file for all its handles: (descriptor, whether it is read-only).
+
+    Never as the caller opened it: O_APPEND would put page-cache writes in the wrong place, and
+    a write-only open still has to serve page reads.
+    """
+    try:
+        return os.open(name, os.O_RDWR | _OPEN_FLAGS, dir_fd=dir_fd), False
+    except PermissionError:
+        return os.open(name, os.O_RDONLY | _OPEN_FLAGS, dir_fd=dir_fd), True
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.ETXTBSY):
+            raise
+        return os.open(name, os.O_RDONLY | _OPEN_FLAGS, dir_fd=dir_fd), True
+
+
+def open_shadow(name: bytes, shadows_fd: int) -> int:
+    """Opens a shadow; without privilege one of a file with mode 0400 is read-only."""
+    return open_data(name, shadows_fd)[0]

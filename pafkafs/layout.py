@@ -1,0 +1,180 @@
+"""What lies on a device: the names, and how a demoted file is written down.
+
+    pafkafs.json   who the device is (see deviceset)
+    tree/          first fast device only: the home tree, exactly what the mount shows
+    shadows/       first fast device only: for each demoted file its size, mode, owner, times
+    objects/       data of files that are not in tree/ itself
+    tmp/           stubs about to be renamed into place
+    lost/          what no name refers to any more, for a while
+
+A demoted file is a **stub**, a symlink in the home tree to its **object**, and a **shadow**, an
+empty sparse file named by the object's id.
+"""
+
+import os
+import re
+import secrets
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pafkafs import _native
+
+TREE = "tree"
+SHADOWS = "shadows"
+OBJECTS = "objects"
+TMP = "tmp"
+LOST = "lost"
+RECORD = "pafkafs.json"
+
+# objects/ and what is below it is searched by a Kafka that runs on tree/, never listed.
+STATE_MODES = {SHADOWS: 0o700, OBJECTS: 0o711, TMP: 0o700, LOST: 0o700}
+
+NAME_MAX = 255
+SYMLINK_MAX = 1023  # the shortest limit, that of an ext4 with 1 KiB blocks
+_SUFFIX = re.compile(rb"~([0-9a-f]{8})\.([0-9a-f]{16})")
+_SUFFIX_LEN = 1 + 8 + 1 + 16
+_OBJECTS_PART = b"/objects/"
+
+
+@dataclass(frozen=True, slots=True)
+class Stub:
+    """Where the data of a demoted file is: object is its path below the device's objects/."""
+
+    device_id: str
+    object_id: str
+    object: bytes
+
+    @property
+    def shadow(self) -> bytes:
+        """Name of the shadow in shadows/."""
+        return self.object_id.encode()
+
+
+class DamagedStub(Exception):
+    """A symlink that says it is a stub, but does not lead to where a stub may."""
+
+
+def new_object_id() -> str:
+    """An id that no other object of any device has."""
+    return secrets.token_hex(8)
+
+
+def make_stub(device_id: str, device_path: bytes, path: bytes) -> Stub:
+    """A stub with a new id for the file at path, relative to the mount.
+
+    The object's path is the file's, as far as names and symlinks of all filesystems allow: its
+    directories are shortened from the left.
+    """
+    object_id = new_object_id()
+    *directories, name = path.split(b"/")
+    suffix = f"~{device_id}.{object_id}".encode()
+    last = name[: NAME_MAX - _SUFFIX_LEN] + suffix
+    room = SYMLINK_MAX - len(device_path) - len(_OBJECTS_PART) - len(last)
+    while directories and len(b"/".join(directories)) + 1 > room:
+        directories.pop(0)
+    return Stub(device_id, object_id, b"/".join([*directories, last]))
+
+
+def stub_text(device_path: bytes, stub: Stub) -> bytes:
+    """The symlink's text."""
+    return device_path + _OBJECTS_PART + stub.object
+
+
+def looks_like_stub(text: bytes) -> bool:
+    """Whether a symlink's text would be taken for a stub's."""
+    return _OBJECTS_PART in text and _SUFFIX.fullmatch(text[-_SUFFIX_LEN:]) is not None
+
+
+def parse_stub(text: bytes, device_paths: Mapping[str, tuple[bytes, ...]]) -> Stub | None:
+    """The stub that a symlink's text is, or None for an ordinary symlink.
+
+    device_paths has, for each device of the set, where it is now and where it was before.
+    Raises DamagedStub for a text that only pretends.
+    """
+    if not looks_like_stub(text):
+        return None
+    suffix = _SUFFIX.fullmatch(text[-_SUFFIX_LEN:])
+    assert suffix is not None
+    device_id, object_id = suffix[1].decode(), suffix[2].decode()
+    for path in device_paths.get(device_id, ()):
+        if text.startswith(path + _OBJECTS_PART):
+            relative = text[len(path) + len(_OBJECTS_PART) :]
+            if all(part not in (b"", b".", b"..") for part in relative.split(b"/")):
+                return Stub(device_id, object_id, relative)
+    raise DamagedStub(os.fsdecode(text))
+
+
+def open_state_directory(device_fd: int, name: str, *, create: bool = True) -> int:
+    """Opens one of the device's own directories, made if it is missing.
+
+    A directory that somebody else could have planted, or is a symlink, is refused (ELOOP,
+    ENOTDIR, PermissionError).
+    """
+    if create:
+        try:
+            os.mkdir(name, STATE_MODES.get(name, 0o755), dir_fd=device_fd)
+        except FileExistsError:
+            pass
+        else:
+            os.chmod(name, STATE_MODES.get(name, 0o755), dir_fd=device_fd)
+            os.fsync(device_fd)
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(name, flags, dir_fd=device_fd)
+    status = os.fstat(fd)
+    if name != TREE and (status.st_uid != os.geteuid() or status.st_mode & stat.S_IWOTH):
+        os.close(fd)
+        raise PermissionError(f"{name}/ belongs to uid {status.st_uid} or anybody may write to it")
+    return fd
+
+
+def create_shadow(shadows_fd: int, stub: Stub, like: os.stat_result) -> int:
+    """A new shadow with the size, mode, owner and times of like; its descriptor."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(stub.shadow, flags, 0o600, dir_fd=shadows_fd)
+    try:
+        os.ftruncate(fd, like.st_size)
+        copy_attributes(like, fd)
+    except OSError:
+        os.close(fd)
+        os.unlink(stub.shadow, dir_fd=shadows_fd)
+        raise
+    return fd
+
+
+def copy_attributes(source: os.stat_result, fd: int) -> None:
+    """Owner, mode and, last, times of source for fd.  Without privilege the owner is ours."""
+    if os.geteuid() == 0:
+        os.fchown(fd, source.st_uid, source.st_gid)
+    os.fchmod(fd, stat.S_IMODE(source.st_mode))
+    os.utime(fd, ns=(source.st_atime_ns, source.st_mtime_ns))
+
+
+def replace_with_stub(
+    tmp_fd: int, parent_fd: int, name: bytes, device_path: bytes, stub: Stub
+) -> None:
+    """The commit point of a demotion: one rename(2) of the stub over the file.
+
+    **Invariant:** the object, its directories and the shadow are durable before this is called.
+    """
+    os.symlink(stub_text(device_path, stub), stub.shadow, dir_fd=tmp_fd)
+    try:
+        _native.rename(tmp_fd, stub.shadow, parent_fd, name, 0)
+    except OSError:
+        os.unlink(stub.shadow, dir_fd=tmp_fd)
+        raise
+
+
+def sync_object_directories(objects_fd: int, object_path: bytes) -> None:
+    """fsync of every directory from the object's up to objects/."""
+    directory = object_path
+    while b"/" in directory:
+        directory = directory.rpartition(b"/")[0]
+        fd = _native.open_beneath(
+            objects_fd, directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        )
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    os.fsync(objects_fd)

@@ -1,0 +1,214 @@
+"""Moves the data of one file from a device to another, under its open handles.
+
+For now files move when they have no room to grow where they are: they spill.
+"""
+
+import errno
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import trio
+
+from pafkafs import _native, layout
+from pafkafs.device import Device, Home
+from pafkafs.files import OpenFile
+from pafkafs.layout import Stub
+from pafkafs.namespace import Namespace
+from pafkafs.policy import Mode, place_spill
+
+log = logging.getLogger(__name__)
+
+# A writer waits so long for room that is being freed (a removed segment whose blocks a worker
+# still returns) before its file is moved.
+ROOM_WAIT_S = 0.2
+_ROOM_POLL_S = 0.01
+# Room that must be there before a parked write is tried again: the largest WRITE.
+_WRITE_BYTES_MAX = 1 << 20
+
+
+@dataclass(frozen=True)
+class SpillTotals:
+    """What has been moved since the mount."""
+
+    files: int = 0
+    bytes: int = 0
+    failed: int = 0
+
+
+class Spiller:
+    """Answers the lack of room: waits for some, or moves the file that needs it."""
+
+    def __init__(
+        self, namespace: Namespace, home: Home, devices: Mapping[str, Device], mode: Mode
+    ) -> None:
+        self._namespace = namespace
+        self._home = home
+        self._devices = devices
+        self._mode = mode
+        self.totals = SpillTotals()
+        self.degraded: str | None = None
+
+    async def make_room(self, file: OpenFile) -> None:
+        """A request of this file waits for room; it goes on, or fails with ENOSPC."""
+        async with self._namespace.files.used(file):
+            if await _room_came(file.device):
+                file.native.end_starving(0)
+                return
+            error = await self._spill(file)
+            file.native.end_starving(error)
+
+    async def _spill(self, file: OpenFile) -> int:
+        """0, or the errno for those who wait."""
+        if not self._may_move(file):
+            return errno.ENOSPC
+        tried: set[str] = set()
+        while (target := self._choose(file, tried)) is not None:
+            tried.add(target.id)
+            try:
+                await self._move(file, target)
+            except OSError as error:
+                target.failed(f"cannot take a file over: {error.strerror}")
+                self._count(failed=1)
+                continue
+            return 0
+        return errno.ENOSPC
+
+    def _may_move(self, file: OpenFile) -> bool:
+        """One rename replaces one name: a file with several links stays where it is."""
+        return self._namespace.attributes(file.node).nlink <= 1
+
+    def _choose(self, file: OpenFile, tried: set[str]) -> Device | None:
+        devices = [d for d in self._devices.values() if d.id not in tried]
+        source = devices.index(file.device)
+        need = self._namespace.attributes(file.node).blocks * 512 + _WRITE_BYTES_MAX
+        chosen = place_spill(self._mode, [d.room for d in devices], source, need)
+        return None if chosen is None else devices[chosen]
+
+    async def _move(self, file: OpenFile, target: Device) -> None:
+        """Copy, fsync, commit, re-point; reads go on, changes wait.
+
+        **Invariant:** until the rename in _commit the file is what it was, and afterwards the
+        copy is durable; whatever fails before it costs only garbage.
+        """
+        source, old_stub = file.device, file.node.stub
+        await file.close_gate()
+        try:
+            await _open_data(file)
+            status = os.fstat(file.native.attr_fd)
+            stub = layout.make_stub(target.id, target.path, file.node.path())
+            self._namespace.files.object_made(stub.object_id)
+            object_fd = await _in_threads_of(
+                target, _copy_to_object, target, stub, file.native.data_fd, status
+            )
+            shadow_fd = await self._make_shadow(stub, status, target, object_fd)
+            counted = file.native.counted_bytes
+            self._commit(file, target, stub, shadow_fd, object_fd)
+            source.native.add_used(-counted)
+            target.native.add_used(file.native.counted_bytes)
+            await self._sync_parent(file)
+        finally:
+            file.open_gate()
+        if old_stub is not None:
+            self._namespace.upkeep.remove(old_stub)
+        if file.node.stub is not None:
+            self._namespace.upkeep.attributes_changed(file.node.stub)
+        self._count(files=1, bytes=status.st_size)
+
+    async def _make_shadow(
+        self, stub: Stub, status: os.stat_result, target: Device, object_fd: int
+    ) -> int:
+        try:
+            fd = layout.create_shadow(self._home.shadows_fd, stub, status)
+            await trio.to_thread.run_sync(_sync_all, (fd, self._home.shadows_fd))
+        except OSError:
+            os.close(object_fd)
+            self._namespace.upkeep.remove(stub)
+            raise
+        return fd
+
+    def _commit(
+        self, file: OpenFile, target: Device, stub: Stub, shadow_fd: int, object_fd: int
+    ) -> None:
+        """Atomic for the trio thread: the name is what it is found to be here."""
+        node = file.node
+        # chmod, chown and utimens do not wait at the gate.
+        layout.copy_attributes(os.fstat(file.native.attr_fd), shadow_fd)
+        key = os.fstat(shadow_fd).st_ino
+        if node.names:
+            parent, name = node.names[0]
+            parent_fd = self._namespace.nodes.directory_fd(parent)
+            try:
+                layout.replace_with_stub(self._home.tmp_fd, parent_fd, name, target.path, stub)
+            except OSError:
+                os.close(object_fd)
+                os.close(shadow_fd)
+                self._namespace.upkeep.remove(stub)
+                raise
+            file.device.files -= 1
+            target.files += 1
+            self._namespace.nodes.rekey(node, key, stub)
+        else:
+            # Removed, and still open: the object goes when it is closed.
+            node.stub = stub
+        file.native.repoint_object(target.native, shadow_fd, object_fd, stub.object)
+        file.native.nlink = 1 if node.names else 0
+        file.device = target
+        file.read_only = False
+
+    async def _sync_parent(self, file: OpenFile) -> None:
+        if not file.node.names:
+            return
+        try:
+            await self._namespace.sync_directory(file.node.names[0][0])
+        except OSError as error:
+            # The device may come back with the old file under this name.
+            self.degraded = f"fsync of a directory failed ({error.strerror}) after a file moved"
+            log.critical("%s: %s", os.fsdecode(file.node.path()), self.degraded)
+
+    def _count(self, *, files: int = 0, bytes: int = 0, failed: int = 0) -> None:
+        t = self.totals
+        self.totals = SpillTotals(t.files + files, t.bytes + bytes, t.failed + failed)
+
+
+async def _room_came(device: Device) -> bool:
+    with trio.move_on_after(ROOM_WAIT_S):
+        # Room is given back by C threads, which signal nobody: it is looked for.
+        while device.room.free_bytes < _WRITE_BYTES_MAX:  # noqa: ASYNC110
+            await trio.sleep(_ROOM_POLL_S)
+        return True
+    return False
+
+
+async def _open_data(file: OpenFile) -> None:
+    if file.native.data_fd < 0:
+        await _in_threads_of(file.device, file.native.open_data)
+
+
+async def _in_threads_of(device: Device, act, *arguments):  # type: ignore[no-untyped-def]
+    return await trio.to_thread.run_sync(act, *arguments, limiter=device.limiter)
+
+
+def _copy_to_object(device: Device, stub: Stub, from_fd: int, status: os.stat_result) -> int:
+    """A durable copy of a file that does not change; its descriptor.  May block."""
+    _native.make_dirs(device.objects_fd, stub.object)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    fd = _native.open_beneath(device.objects_fd, stub.object, flags, 0o600)
+    try:
+        _native.copy_data(from_fd, fd, 0, status.st_size)
+        os.ftruncate(fd, status.st_size)
+        layout.copy_attributes(status, fd)
+        os.fsync(fd)
+        layout.sync_object_directories(device.objects_fd, stub.object)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    except OSError:
+        os.close(fd)
+        os.unlink(stub.object, dir_fd=device.objects_fd)
+        raise
+    return fd
+
+
+def _sync_all(fds: tuple[int, ...]) -> None:
+    for fd in fds:
+        os.fsync(fd)

@@ -1,0 +1,210 @@
+"""What a mount finds: usage, stubs, and what changed while nothing was mounted.
+
+A Kafka that ran on tree/ itself may have appended to objects, truncated them, or removed stubs.
+Objects win over their shadows; what lost its stub is garbage (see there).
+"""
+
+import logging
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import trio
+
+from pafkafs import _native, layout
+from pafkafs.device import Device, Home
+from pafkafs.layout import Stub
+from pafkafs.namespace import Namespace
+
+log = logging.getLogger(__name__)
+
+# Serving waits so long for objects to be compared with their shadows; the rest is compared
+# afterwards, and at the first I/O of each.
+COMPARE_BEFORE_SERVING_S = 2.0
+_CHUNK = 256
+
+
+@dataclass
+class Scan:
+    """The home tree as it was before serving began."""
+
+    plain_bytes: int = 0
+    plain_files: int = 0
+    stubs: dict[str, Stub] = field(default_factory=dict)  # by object id
+    copied: set[str] = field(default_factory=set)  # ids that several stubs have
+    damaged: set[bytes] = field(default_factory=set)
+    no_shadow: dict[str, Stub] = field(default_factory=dict)
+
+
+def scan_tree(
+    home: Home, devices: Mapping[str, Device], paths: dict[str, tuple[bytes, ...]]
+) -> Scan:
+    """Reads the whole home tree; stubs of devices that moved are rewritten on the way."""
+    scan = Scan()
+    moved: dict[int, bytes] = {}  # inode of a rewritten stub: where its new one is
+    inodes: dict[str, int] = {}
+    counted: set[int] = set()
+    for path, status in _walk(home.tree_fd):
+        if stat.S_ISREG(status.st_mode):
+            _count_plain(scan, status, counted)
+        elif stat.S_ISLNK(status.st_mode):
+            stub = _read_stub(scan, home, path, paths)
+            if stub is None:
+                continue
+            device = devices[stub.device_id]
+            if inodes.setdefault(stub.object_id, status.st_ino) != status.st_ino:
+                scan.copied.add(stub.object_id)
+            scan.stubs[stub.object_id] = stub
+            text = os.readlink(path, dir_fd=home.tree_fd)
+            if text != layout.stub_text(device.path, stub):
+                _rewrite(home, device, path, stub, status.st_ino, moved)
+    _find_missing_shadows(scan, home)
+    return scan
+
+
+def _walk(tree_fd: int) -> Iterator[tuple[bytes, os.stat_result]]:
+    """Path and status of everything below, directories left out, symlinks not followed."""
+    for directory, _, names, fd in os.fwalk(b".", dir_fd=tree_fd, follow_symlinks=False):
+        for name in names:
+            try:
+                status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            yield os.path.normpath(os.path.join(directory, name)), status
+
+
+def _count_plain(scan: Scan, status: os.stat_result, counted: set[int]) -> None:
+    if status.st_nlink > 1:
+        if status.st_ino in counted:
+            return
+        counted.add(status.st_ino)
+    scan.plain_files += 1
+    scan.plain_bytes += status.st_blocks * 512
+
+
+def _read_stub(
+    scan: Scan, home: Home, path: bytes, paths: dict[str, tuple[bytes, ...]]
+) -> Stub | None:
+    try:
+        return layout.parse_stub(os.readlink(path, dir_fd=home.tree_fd), paths)
+    except layout.DamagedStub as error:
+        log.error("refused stub %s -> %s", os.fsdecode(path), error)
+        scan.damaged.add(path)
+        return None
+
+
+def _rewrite(
+    home: Home, device: Device, path: bytes, stub: Stub, inode: int, moved: dict[int, bytes]
+) -> None:
+    """The device is mounted elsewhere now.  Names of one stub stay names of one stub."""
+    if inode in moved:
+        os.link(
+            moved[inode],
+            stub.shadow,
+            src_dir_fd=home.tree_fd,
+            dst_dir_fd=home.tmp_fd,
+            follow_symlinks=False,
+        )
+        _native.rename(home.tmp_fd, stub.shadow, home.tree_fd, path, 0)
+        return
+    layout.replace_with_stub(home.tmp_fd, home.tree_fd, path, device.path, stub)
+    moved[inode] = path
+
+
+def _find_missing_shadows(scan: Scan, home: Home) -> None:
+    present = set(os.listdir(home.shadows_fd))
+    scan.no_shadow = {i: stub for i, stub in scan.stubs.items() if i not in present}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An object as it was found; status is None when it is missing."""
+
+    stub: Stub
+    status: os.stat_result | None
+
+
+def compare(device: Device, stubs: list[Stub]) -> list[Comparison]:
+    """Looks at objects.  May block."""
+    return [Comparison(stub, _object_status(device, stub)) for stub in stubs]
+
+
+def _object_status(device: Device, stub: Stub) -> os.stat_result | None:
+    try:
+        fd = _native.open_beneath(
+            device.objects_fd, stub.object, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+        )
+    except FileNotFoundError:
+        return None
+    try:
+        return os.fstat(fd)
+    finally:
+        os.close(fd)
+
+
+class Reconciler:
+    """Brings shadows up to date with their objects after a mount."""
+
+    def __init__(self, namespace: Namespace, home: Home, scan: Scan) -> None:
+        self._namespace = namespace
+        self._home = home
+        self._scan = scan
+        self.done: dict[str, trio.Event] = {}
+        self.changed_nodes: list[int] = []
+
+    async def run(self, device: Device) -> None:
+        """Compares all objects of a device."""
+        done = self.done.setdefault(device.id, trio.Event())
+        mine = [stub for stub in self._scan.stubs.values() if stub.device_id == device.id]
+        counted = 0
+        for start in range(0, len(mine), _CHUNK):
+            chunk = mine[start : start + _CHUNK]
+            try:
+                found = await trio.to_thread.run_sync(
+                    compare, device, chunk, limiter=device.limiter, abandon_on_cancel=True
+                )
+            except OSError as error:
+                device.failed(f"cannot read objects/: {error.strerror}")
+                return
+            for comparison in found:
+                counted += self._settle(device, comparison)
+        device.native.add_used(counted if device.capacity_option >= 0 else 0)
+        done.set()
+
+    def _settle(self, device: Device, found: Comparison) -> int:
+        """Applies one comparison, atomically for the trio thread; the object's bytes."""
+        stub, status = found.stub, found.status
+        opened = self._namespace.files.opened_objects
+        if status is None:
+            self._missing(device, stub)
+            return 0
+        if opened is not None and stub.object_id in opened:
+            return status.st_blocks * 512  # its first I/O compares, or already did
+        try:
+            shadow = os.stat(stub.shadow, dir_fd=self._home.shadows_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            if stub.object_id in self._scan.no_shadow:
+                os.close(layout.create_shadow(self._home.shadows_fd, stub, status))
+            return status.st_blocks * 512
+        if shadow.st_size != status.st_size or status.st_mtime_ns > shadow.st_mtime_ns:
+            self._update_shadow(stub, shadow, status)
+        return status.st_blocks * 512
+
+    def _update_shadow(self, stub: Stub, shadow: os.stat_result, status: os.stat_result) -> None:
+        path = f"/proc/self/fd/{self._home.shadows_fd}/{stub.object_id}"
+        os.truncate(path, status.st_size)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        node = self._namespace.nodes.known(shadow.st_ino)
+        if node is not None:
+            self.changed_nodes.append(node.ino)
+        log.info("%s was changed behind the mount", os.fsdecode(stub.object))
+
+    def _missing(self, device: Device, stub: Stub) -> None:
+        try:
+            shadow = os.stat(stub.shadow, dir_fd=self._home.shadows_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return
+        if shadow.st_size > 0:
+            device.missing_objects.add(stub.object_id)
+            log.error("the object %s is missing", os.fsdecode(stub.object))

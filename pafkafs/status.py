@@ -1,0 +1,130 @@
+"""What `pafkafs status` reports: a frozen snapshot of a mount, and its JSON.
+
+A snapshot is made from memory alone: no device can delay it.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pafkafs.device import Device
+from pafkafs.units import format_duration
+
+JSON_VERSION = 1
+TIER_NAMES = ("fast", "slow")
+
+HEALTHY = "healthy"
+DEGRADED = "degraded"
+DEAD = "dead"
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong, and the command or step that helps."""
+
+    problem: str
+    action: str
+
+
+@dataclass(frozen=True)
+class DeviceStatus:
+    """A device.  used_bytes counts all that takes room there."""
+
+    path: str
+    capacity_bytes: int
+    used_bytes: int
+    files: int
+
+
+@dataclass(frozen=True)
+class TierStatus:
+    """A tier with its devices."""
+
+    name: str
+    kind: str
+    devices: tuple[DeviceStatus, ...]
+
+
+@dataclass(frozen=True)
+class MountStatus:
+    """A mount.  pid and uptime_s are None when no daemon serves it."""
+
+    mountpoint: str
+    state: str
+    durability: str | None
+    mode: str | None
+    pid: int | None
+    uptime_s: float | None
+    open_files: int = 0
+    requests: int = 0
+    spilled_files: int = 0
+    spilled_bytes: int = 0
+    tiers: tuple[TierStatus, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def to_json(mounts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The document of `pafkafs status --json`."""
+    return {"version": JSON_VERSION, "mounts": list(mounts)}
+
+
+def as_dict(mount: MountStatus) -> dict[str, Any]:
+    """A mount of that document."""
+    return asdict(mount)
+
+
+def tier_statuses(devices: Sequence[Device]) -> tuple[TierStatus, ...]:
+    """The devices by tier."""
+    return tuple(
+        TierStatus(
+            name=TIER_NAMES[tier],
+            kind=next(device.kind for device in devices if device.tier == tier),
+            devices=tuple(_device(device) for device in devices if device.tier == tier),
+        )
+        for tier in sorted({device.tier for device in devices})
+    )
+
+
+def _device(device: Device) -> DeviceStatus:
+    return DeviceStatus(
+        path=os.fsdecode(device.path),
+        capacity_bytes=device.capacity_bytes,
+        used_bytes=max(0, device.native.used_bytes),
+        files=device.files,
+    )
+
+
+def device_problems(device: Device) -> list[Problem]:
+    """What is wrong with a device."""
+    path = os.fsdecode(device.path)
+    found = []
+    if device.hung_s:
+        found.append(
+            Problem(
+                f"{path} has not answered a request for {format_duration(device.hung_s)}; "
+                "reads and writes of data that is on it wait, all else goes on",
+                f"check the device: dmesg | tail; findmnt -T {path}",
+            )
+        )
+    if device.missing_objects:
+        found.append(
+            Problem(
+                f"{len(device.missing_objects)} objects are missing on {path}: "
+                "reading these files fails with EIO",
+                f"restore {path}/objects from where it was moved or backed up to",
+            )
+        )
+    if device.suspicious_objects:
+        found.append(
+            Problem(
+                f"{device.suspicious_objects} objects on {path} have no stub, too many to be left "
+                "over by crashes; nothing was removed",
+                f"if their files were deleted on purpose, delete them below {path}/objects too",
+            )
+        )
+    if device.recent_error is not None:
+        found.append(Problem(f"{path}: {device.recent_error}", "check the device: dmesg | tail"))
+    return found

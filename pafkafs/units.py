@@ -1,0 +1,46 @@
+"""Sizes as people write and read them."""
+
+import re
+
+from pafkafs.errors import UsageError
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?b?)", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
+_PREFIXES = ("", "Ki", "Mi", "Gi", "Ti", "Pi")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as `8GiB`, `512m` (binary) or `1GB` (decimal).
+
+    A bare prefix is binary, as for `-Xmx` and in Kafka's own documentation.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"'{text}' is not a size; write it like 8GiB, 512MiB or 1000000")
+    number, prefix, unit = match.groups()
+    base = 1000 if unit.lower() == "b" and prefix else 1024
+    return int(float(number) * base ** _POWERS[prefix.lower()])
+
+
+def format_size(count: int) -> str:
+    """A size for people, in binary units with at most four digits: `1.5 GiB`."""
+    value = float(count)
+    for prefix in _PREFIXES:
+        if abs(value) < 1024 or prefix == _PREFIXES[-1]:
+            break
+        value /= 1024
+    digits = 0 if prefix == "" or value >= 100 else 1
+    return f"{value:.{digits}f} {prefix}B"
+
+
+def format_duration(seconds: float) -> str:
+    """A duration for people: `42 s`, `3 min 5 s`, `2 h 10 min`, `5 d 3 h`."""
+    whole = int(seconds)
+    for size, name, below_size, below in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "min"),
+        (60, "min", 1, "s"),
+    ):
+        if whole >= size:
+            return f"{whole // size} {name} {whole % size // below_size} {below}"
+    return f"{whole} s"
