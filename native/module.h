@@ -21,7 +21,7 @@ typedef struct {
 	PyObject_HEAD
 	struct front *front;
 	int session_fd;
-	bool started;
+	bool started, stopped;
 } FrontObject;
 
 typedef struct {

@@ -32,7 +32,8 @@ static void front_dealloc(FrontObject *self)
 	freefunc free_slot = PyType_GetSlot(type, Py_tp_free);
 
 	/* Requests that hang in a device still point to it. */
-	if (self->front != NULL && !self->started && self->front->inflight == NULL &&
+	if (self->front != NULL && self->started == self->stopped &&
+	    self->front->inflight == NULL &&
 	    self->front->file_count == 0)
 		front_free(self->front);
 	free_slot(self);
@@ -50,11 +51,11 @@ static PyObject *start(FrontObject *self, PyObject *ignored)
 static PyObject *stop(FrontObject *self, PyObject *ignored)
 {
 	(void)ignored;
-	if (self->started) {
+	if (self->started && !self->stopped) {
 		Py_BEGIN_ALLOW_THREADS
 		front_stop(self->front);
 		Py_END_ALLOW_THREADS
-		self->started = false;
+		self->stopped = true;
 	}
 	Py_RETURN_NONE;
 }
@@ -145,6 +146,13 @@ static PyObject *get_forwarded(FrontObject *self, void *closure)
 	return PyLong_FromUnsignedLongLong(atomic_load(&self->front->forwarded));
 }
 
+static PyObject *get_ended(FrontObject *self, void *closure)
+{
+	(void)closure;
+	return PyBool_FromLong(self->started &&
+			       atomic_load(&self->front->readers_alive) == 0);
+}
+
 static PyMethodDef methods[] = {
 	{"start", (PyCFunction)start, METH_NOARGS, NULL},
 	{"stop", (PyCFunction)stop, METH_NOARGS, NULL},
@@ -159,6 +167,7 @@ static PyGetSetDef members[] = {
 	{"event_fd", (getter)get_event_fd, NULL, NULL, NULL},
 	{"answered", (getter)get_answered, NULL, NULL, NULL},
 	{"forwarded", (getter)get_forwarded, NULL, NULL, NULL},
+	{"ended", (getter)get_ended, NULL, NULL, NULL},
 	{NULL, NULL, NULL, NULL, NULL},
 };
 

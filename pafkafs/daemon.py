@@ -118,12 +118,20 @@ class Mount:
                 nursery.start_soon(self._handle_events, on_ready)
                 nursery.start_soon(self._collect_garbage)
                 self._front.start()
-                await pyfuse3.main(max_tasks=_SESSION_TASKS_MAX)
+                await self._serve_session()
                 await self._finish()
                 nursery.cancel_scope.cancel()
         finally:
             control.socket_path(self.options.mountpoint).unlink(missing_ok=True)
             self._detach_if_left()
+
+    async def _serve_session(self) -> None:
+        """Until the kernel ends the connection, which libfuse takes for an I/O error."""
+        try:
+            await pyfuse3.main(max_tasks=_SESSION_TASKS_MAX)
+        except* OSError:
+            if not self._front.ended:
+                raise
 
     def _build(self, nursery: trio.Nursery, fuse_fd: int) -> None:
         threads = max(2, min(4, os.cpu_count() or 2))

@@ -201,6 +201,7 @@ def assemble(
     adopting are entries that a new fast device may have.  Nothing is changed unless all devices
     pass.  Raises PafkafsError.
     """
+    _check_distinct([*fast, *slow])
     wanted = [(0, i, path) for i, path in enumerate(fast)]
     wanted += [(1, i, path) for i, path in enumerate(slow)]
     fds: list[int] = []
@@ -217,7 +218,6 @@ def assemble(
 def _recognise(
     wanted: list[tuple[int, int, str]], fds: list[int], adopting: frozenset[str]
 ) -> list[SetDevice]:
-    _check_distinct(wanted, fds)
     records: list[Record | None] = []
     for (tier, _, path), fd in zip(wanted, fds, strict=True):
         record = read_record(fd, path)
@@ -240,18 +240,13 @@ def _recognise(
     return _form(home, members, records, fds)
 
 
-def _check_distinct(wanted: list[tuple[int, int, str]], fds: list[int]) -> None:
-    seen: dict[tuple[int, int], str] = {}
-    for (_, _, path), fd in zip(wanted, fds, strict=True):
-        status = os.fstat(fd)
-        other = seen.setdefault((status.st_dev, status.st_ino), path)
-        if other is not path:
-            raise PafkafsError(f"{path} and {other} are the same directory")
-    for _, _, path in wanted:
-        for _, _, other in wanted:
-            if path != other and Path(os.path.realpath(other)).is_relative_to(
-                os.path.realpath(path)
-            ):
+def _check_distinct(paths: Sequence[str]) -> None:
+    real = {path: Path(os.path.realpath(path)) for path in paths}
+    if len(set(real.values())) < len(paths):
+        raise PafkafsError("the same directory was given twice: each device needs its own")
+    for path in paths:
+        for other in paths:
+            if path != other and real[other].is_relative_to(real[path]):
                 raise PafkafsError(f"the device {other} is inside the device {path}")
 
 

@@ -51,7 +51,7 @@ def find_mounted(mountpoint: str) -> Mounted | None:
 def is_dead(mountpoint: str) -> bool:
     """Whether a FUSE mount is there whose daemon is gone."""
     try:
-        os.stat(mountpoint)
+        os.statvfs(mountpoint)  # a stat may be answered from the kernel's cache for an hour
     except OSError as error:
         return error.errno == errno.ENOTCONN
     return False
