@@ -27,7 +27,7 @@ from pafkafs.policy import place_new
 
 log = logging.getLogger(__name__)
 
-_DEVICE_PATIENCE_S = 15.0
+_DEVICE_PATIENCE_S = 10.0
 _USAGE_INTERVAL_S = 1.0
 _SYNC_PATIENCE_S = 60.0
 # Tasks of the session: as many as setattrs that a hung device may hold.

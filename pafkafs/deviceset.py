@@ -6,6 +6,7 @@ forming, then each member's own record, then the mark is removed.  A mount that 
 goes on where the first one stopped.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -174,8 +175,21 @@ def check_writable(fd: int, path: str, role: str) -> None:
     try:
         probe = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=fd)
     except OSError as error:
-        raise PafkafsError(f"cannot write to the {role} device {path}: {error.strerror}") from error
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
+            raise PafkafsError(
+                f"cannot write to the {role} device {path}: {error.strerror}"
+            ) from error
+        return _check_by_file(fd, path, role)  # NFS and FUSE have no O_TMPFILE
     os.close(probe)
+
+
+def _check_by_file(fd: int, path: str, role: str) -> None:
+    name = f".pafkafs-{secrets.token_hex(4)}"
+    try:
+        os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=fd))
+        os.unlink(name, dir_fd=fd)
+    except OSError as error:
+        raise PafkafsError(f"cannot write to the {role} device {path}: {error.strerror}") from error
 
 
 def check_new(fd: int, path: str, role: str, adopting: frozenset[str]) -> None:

@@ -204,7 +204,8 @@ class Namespace:
     ) -> OpenFile:
         """Stub and shadow now; the object by the device's worker, which may take its time."""
         parent_fd = self.nodes.directory_fd(parent)
-        stub = layout.make_stub(device.id, device.path, parent.path() + b"/" + name)
+        path = os.path.join(parent.path(), name)
+        stub = layout.make_stub(device.id, device.path, path)
         fd = os.open(stub.shadow, _CREATE_FLAGS, 0o600, dir_fd=self.home.shadows_fd)
         try:
             self._give_to(fd, parent_fd, mode, caller)

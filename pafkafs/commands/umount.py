@@ -1,9 +1,10 @@
 """`pafkafs umount`: unmounts and waits until the daemon has made everything durable."""
 
 import os
+import select
+import signal
 
 import click
-import psutil
 
 from pafkafs import control, mountpoint
 from pafkafs.errors import PafkafsError
@@ -27,26 +28,30 @@ def unmount(where: str, *, lazy: bool) -> None:
     """Unmounts; PafkafsError when nothing is mounted there, or it is busy."""
     if mountpoint.find_mounted(where) is None:
         raise PafkafsError(f"no pafkafs is mounted at {where}")
-    daemon = _daemon_of(where)
-    if lazy and daemon is not None:
-        daemon.terminate()  # it syncs, detaches and cuts off
-    else:
-        _detach(where, dead=daemon is None)
-    if daemon is None:
+    pid = _daemon_of(where)
+    if pid is None:
+        _detach(where, dead=True)
         return
+    watch = os.pidfd_open(pid)
     try:
-        daemon.wait(_DAEMON_PATIENCE_S)
-    except psutil.TimeoutExpired:
-        raise PafkafsError(
-            f"unmounted, but the daemon (pid {daemon.pid}) still waits for a device; see its log"
-        ) from None
+        if lazy:
+            signal.pidfd_send_signal(watch, signal.SIGTERM)  # it syncs, detaches and cuts off
+        else:
+            _detach(where, dead=False)
+        if not select.select([watch], [], [], _DAEMON_PATIENCE_S)[0]:
+            raise PafkafsError(
+                f"unmounted, but the daemon (pid {pid}) still waits for a device; see its log"
+            )
+    finally:
+        os.close(watch)
 
 
-def _daemon_of(where: str) -> psutil.Process | None:
+def _daemon_of(where: str) -> int | None:
     try:
-        return psutil.Process(control.ask(where, "status")["pid"])
-    except (control.NoDaemon, psutil.NoSuchProcess):
+        pid: int = control.ask(where, "status")["pid"]
+    except control.NoDaemon:
         return None
+    return pid
 
 
 def _detach(where: str, *, dead: bool) -> None:
