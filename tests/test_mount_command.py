@@ -15,6 +15,7 @@ from harness import (
     is_dead_mount,
     is_mounted,
     is_running,
+    let_others_search,
     mount_line,
     run_pafkafs,
     wait_until,
@@ -401,9 +402,7 @@ def test_root_mount_lets_other_users_in_and_is_nosuid_nodev(mount: Mount) -> Non
     kafka.mkdir()
     os.chown(kafka, 12345, 12345)
     command = f"echo x > {kafka}/file && cat {kafka}/file"
-    for parent in mount.mountpoint.parents:  # pytest's own directories are private
-        if parent.is_relative_to("/tmp/pytest-of-root"):
-            parent.chmod(0o755)
+    let_others_search(mount.mountpoint)
     result = subprocess.run(
         ["setpriv", "--reuid", "12345", "--regid", "12345", "--clear-groups", "sh", "-c", command],
         capture_output=True,

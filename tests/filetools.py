@@ -1,0 +1,213 @@
+"""What tests of files through a mount share: one mount for many tests, files on either tier,
+work in other processes, and system calls that Python has no function for."""
+
+import ctypes
+import os
+import pickle
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness import Mount, tmpfs
+
+MIB = 1 << 20
+
+RENAME_NOREPLACE = 1
+RENAME_EXCHANGE = 2
+FALLOC_KEEP_SIZE = 1
+FALLOC_PUNCH_HOLE = 2
+FALLOC_COLLAPSE_RANGE = 8
+UTIME_OMIT = (1 << 30) - 2
+
+_AT_FDCWD = -100
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+# -- mounts -------------------------------------------------------------------------------------
+
+SMALL_FAST_BYTES = 4 * MIB
+
+
+@contextmanager
+def shared_mount(directory: Path, *options: str) -> Iterator[Mount]:
+    """A mount for all tests of a module, each of which works in a directory of its own."""
+    with tmpfs(directory / "memory", "256m") as fast:
+        slow, mountpoint = directory / "slow", directory / "mnt" / "kafka-logs"
+        slow.mkdir()
+        mountpoint.mkdir(parents=True)
+        mount = Mount(fast, slow, mountpoint, options, directory / "pafkafs.log")
+        try:
+            yield mount.start()
+        finally:
+            mount.clean_up()
+        assert "Traceback" not in mount.log_text(), mount.log_text()
+
+
+def is_spilled(mount: Mount, path: Path) -> bool:
+    """Whether the data of a file of the mount is on the slow tier, by its home tree."""
+    return (mount.tree / path.relative_to(mount.mountpoint)).is_symlink()
+
+
+def push_to_slow_tier(path: Path, fast_bytes: int) -> None:
+    """Makes a file outgrow the fast tier; it ends empty, and stays where it went."""
+    with open(path, "r+b", buffering=0) as file:
+        for _ in range(fast_bytes // MIB + 1):
+            file.write(bytes(MIB))
+        file.truncate(0)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Makes files whose data is on one tier, in a directory of a mount."""
+
+    mount: Mount
+    directory: Path
+    spilled: bool
+
+    def make(self, name: str = "file", content: bytes = b"") -> Path:
+        """A new file with this content."""
+        path = self.directory / name
+        path.touch()
+        if self.spilled:
+            push_to_slow_tier(path, SMALL_FAST_BYTES)
+        with open(path, "r+b", buffering=0) as file:
+            write_all(file.fileno(), content)
+        assert is_spilled(self.mount, path) == self.spilled
+        return path
+
+
+# -- system calls -------------------------------------------------------------------------------
+
+
+def _checked(result: int) -> None:
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def renameat2(old: Path, new: Path, flags: int) -> None:
+    """rename with RENAME_NOREPLACE or RENAME_EXCHANGE."""
+    old_name, new_name = os.fsencode(old), os.fsencode(new)
+    _checked(_libc.renameat2(_AT_FDCWD, old_name, _AT_FDCWD, new_name, ctypes.c_uint(flags)))
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2), without glibc's emulation."""
+    _checked(_libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)))
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_int64), ("nanoseconds", ctypes.c_int64))
+
+
+def set_mtime_only(path: Path, mtime_ns: int) -> None:
+    """utimensat with UTIME_OMIT for the access time."""
+    omit, mtime = _Timespec(0, UTIME_OMIT), _Timespec(*divmod(mtime_ns, 1_000_000_000))
+    _checked(_libc.utimensat(_AT_FDCWD, os.fsencode(path), (_Timespec * 2)(omit, mtime), 0))
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Writes everything at the descriptor's position."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+# -- other processes and threads ----------------------------------------------------------------
+
+
+class Child:
+    """A function that runs in a process of its own, from the call on."""
+
+    def __init__(self, act: Callable[[], Any]) -> None:
+        self._pipe, writer = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            _run_and_report(act, writer)
+        os.close(writer)
+
+    def result(self) -> Any:
+        """What the function returned; raises what it raised."""
+        with open(self._pipe, "rb") as pipe:
+            report = pipe.read()
+        os.waitpid(self.pid, 0)
+        assert report, "the child was killed"
+        outcome, value = pickle.loads(report)
+        if outcome == "raised":
+            raise value
+        return value
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        os.kill(self.pid, signal.SIGKILL)
+        os.close(self._pipe)
+        os.waitpid(self.pid, 0)
+
+
+def _run_and_report(act: Callable[[], Any], writer: int) -> None:
+    """Never returns: what pytest does at exit is the parent's alone."""
+    try:
+        report = pickle.dumps(("returned", act()))
+    except BaseException as error:
+        report = pickle.dumps(("raised", error))
+    write_all(writer, report)
+    os._exit(0)
+
+
+def in_children(acts: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Runs functions at once in a process each; their results."""
+    children = [Child(act) for act in acts]
+    return [child.result() for child in children]
+
+
+class Background:
+    """A function in a thread, whose error is not lost."""
+
+    def __init__(self, act: Callable[[], Any]) -> None:
+        self._act = act
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._act()
+        except BaseException as error:
+            self._error = error
+
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
+    def join(self, timeout_s: float = 30.0) -> None:
+        """Waits for its end; raises what it raised."""
+        self._thread.join(timeout_s)
+        assert not self.running, f"still running after {timeout_s} s"
+        if self._error is not None:
+            raise self._error
+
+
+# -- a slow device that stands still ------------------------------------------------------------
+
+
+@contextmanager
+def frozen(filesystem: Path) -> Iterator[Callable[[], None]]:
+    """All changes of a filesystem wait, from here to the call of what this yields, or the end."""
+    thawed = False
+
+    def thaw() -> None:
+        nonlocal thawed
+        if not thawed:
+            subprocess.run(["fsfreeze", "--unfreeze", str(filesystem)], check=True)
+        thawed = True
+
+    subprocess.run(["fsfreeze", "--freeze", str(filesystem)], check=True)
+    try:
+        yield thaw
+    finally:
+        thaw()
