@@ -1,0 +1,162 @@
+"""What a durability mode promises, after the death of the daemon and after a power cut.
+
+A power cut is the shutdown ioctl of ext4 without flushing its journal: nothing that was not
+durable at that moment is there afterwards.
+"""
+
+import fcntl
+import os
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from conftest import MakeMount
+from harness import Mount, loop_filesystem, wait_until
+
+_EXT4_IOC_SHUTDOWN = 0x8004587D
+_NO_LOG_FLUSH = 2
+RECORD = 4096
+MKFS = ("mkfs.ext4", "-q", "-F")
+
+
+class Machine:
+    """A fast and a slow ext4 that lose power together."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+        self._stack = ExitStack()
+        self._images: list[tuple[Path, Path]] = []
+        mountpoint = base / "mnt"
+        mountpoint.mkdir(parents=True)
+        for name, size in (("fast", "64M"), ("slow", "256M")):
+            self._stack.enter_context(
+                loop_filesystem(base / f"{name}.img", base / name, size, MKFS)
+            )
+            self._images.append((base / f"{name}.img", base / name))
+        self.mount = Mount(
+            base / "fast", base / "slow", mountpoint, ("--durability", "power"), base / "log"
+        )
+
+    def cut_power(self) -> None:
+        """Both filesystems stop at once; the daemon dies; both are mounted again."""
+        flag = struct.pack("I", _NO_LOG_FLUSH)
+        for _, path in self._images:
+            fd = os.open(path, os.O_RDONLY)
+            fcntl.ioctl(fd, _EXT4_IOC_SHUTDOWN, flag)
+            os.close(fd)
+        self.mount.kill()
+        self.mount.clean_up()
+        for image, path in self._images:
+            wait_until(lambda path=path: os.system(f"umount {path} 2>/dev/null") == 0, "umount")
+            assert os.system(f"mount -o loop {image} {path}") == 0
+
+    def close(self) -> None:
+        self.mount.clean_up()
+        self._stack.close()
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    machine = Machine(tmp_path / "machine")
+    yield machine
+    machine.close()
+
+
+def record(number: int) -> bytes:
+    return number.to_bytes(8, "little") * (RECORD // 8)
+
+
+class Appender(threading.Thread):
+    """Appends records to new files in new directories until it fails; knows what was acked."""
+
+    def __init__(self, root: Path, records_in_file: int) -> None:
+        super().__init__(daemon=True)
+        self.root = root
+        self.records_in_file = records_in_file
+        self.acked: dict[str, int] = {}
+        self.stop = False
+
+    def run(self) -> None:
+        try:
+            for number in range(100_000):
+                directory = self.root / f"topic-{number}"
+                directory.mkdir()
+                path = directory / "00000000000000000000.log"
+                with open(path, "xb", buffering=0) as stream:
+                    for index in range(self.records_in_file):
+                        if self.stop:
+                            return
+                        stream.write(record(index))
+                        self.acked[str(path.relative_to(self.root))] = index + 1
+        except OSError:
+            return
+
+    def check(self) -> int:
+        """Every acked record is there; how many."""
+        for name, count in self.acked.items():
+            data = (self.root / name).read_bytes()
+            for index in range(count):
+                assert data[index * RECORD : (index + 1) * RECORD] == record(index), (name, index)
+        return sum(self.acked.values())
+
+
+@pytest.mark.parametrize("records_in_file", [3, 200])
+def test_power_mode_keeps_every_acked_byte_of_new_files_through_a_power_cut(
+    machine: Machine, records_in_file: int
+) -> None:
+    machine.mount.start()
+    appender = Appender(machine.mount.mountpoint, records_in_file)
+    appender.start()
+    wait_until(lambda: sum(appender.acked.values()) > 300, "some records")
+    machine.cut_power()
+    appender.join(10)
+    machine.mount.start()
+    assert appender.check() > 300
+
+
+def test_power_mode_keeps_every_acked_byte_of_spilled_files_through_a_power_cut(
+    machine: Machine,
+) -> None:
+    machine.mount.start("--fast-capacity", "8MiB")
+    appender = Appender(machine.mount.mountpoint, 500)
+    appender.start()
+    wait_until(lambda: sum(appender.acked.values()) > 3000, "some records", 60)
+    machine.cut_power()
+    appender.join(10)
+    machine.mount.start()
+    assert machine.mount.device("slow")["files"] > 0
+    assert appender.check() > 3000
+
+
+def test_fsync_in_process_mode_holds_through_a_power_cut_on_either_tier(machine: Machine) -> None:
+    machine.mount.start("--durability", "process", "--fast-capacity", "8MiB")
+    root = machine.mount.mountpoint
+    for name, size in (("small", 1 << 20), ("spilled", 12 << 20)):
+        with open(root / name, "wb") as stream:
+            stream.write(b"x" * size)
+            stream.flush()
+            os.fsync(stream.fileno())
+    directory = os.open(root, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+    machine.cut_power()
+    machine.mount.start()
+    assert (root / "small").read_bytes() == b"x" * (1 << 20)
+    assert (root / "spilled").read_bytes() == b"x" * (12 << 20)
+
+
+def test_process_mode_keeps_every_acked_byte_through_sigkill_of_the_daemon(
+    make_mount: MakeMount,
+) -> None:
+    mount = make_mount("--fast-capacity", "8MiB").start()
+    appender = Appender(mount.mountpoint, 500)
+    appender.start()
+    wait_until(lambda: sum(appender.acked.values()) > 5000, "some records", 60)
+    mount.kill()
+    appender.join(10)
+    mount.start()
+    assert mount.device("slow")["files"] > 0
+    assert appender.check() > 5000
