@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <stdio.h>
 #include <sys/mount.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 
 #include "object.h"
@@ -109,6 +110,14 @@ static PyObject *py_umount(PyObject *self, PyObject *args)
 	return none_or_errno(err);
 }
 
+/* The kernel must not wait for our own mount to reclaim memory for us. */
+static PyObject *py_set_io_flusher(PyObject *self, PyObject *ignored)
+{
+	(void)self;
+	(void)ignored;
+	return none_or_errno(prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) == 0 ? 0 : -errno);
+}
+
 PyMethodDef syscall_methods[] = {
 	{"open_beneath", py_open_beneath, METH_VARARGS, NULL},
 	{"make_dirs", py_make_dirs, METH_VARARGS, NULL},
@@ -117,5 +126,6 @@ PyMethodDef syscall_methods[] = {
 	{"is_dax", py_is_dax, METH_VARARGS, NULL},
 	{"mount", py_mount, METH_VARARGS, NULL},
 	{"umount", py_umount, METH_VARARGS, NULL},
+	{"set_io_flusher", py_set_io_flusher, METH_NOARGS, NULL},
 	{NULL, NULL, 0, NULL},
 };

@@ -33,6 +33,8 @@ _SYNC_PATIENCE_S = 60.0
 # Tasks of the session: as many as setattrs that a hung device may hold.
 _SESSION_TASKS_MAX = 10_000
 
+_OOM_SCORE = -900
+
 # Nothing there, or something that is not a file below objects/.
 _NOT_THE_OBJECT = (errno.ENOENT, errno.EXDEV, errno.ELOOP)
 
@@ -105,6 +107,7 @@ class Mount:
     async def run(self, on_ready: Callable[[], None]) -> None:
         """Serves until it is unmounted or told to stop.  Raises PafkafsError before ready."""
         _raise_limits()
+        _protect_process()
         server = control.listen(self.options.mountpoint)
         fuse_fd = mountpoint.attach(self.options.source, self.options.mountpoint)
         try:
@@ -380,3 +383,13 @@ def _raise_limits() -> None:
     except (PermissionError, ValueError):  # without CAP_SYS_RESOURCE
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+
+def _protect_process() -> None:
+    """Kafka dies with its file system: let the OOM killer take something else first, and let
+    reclaim not wait for us.  Both take privilege; without it they are left."""
+    try:
+        _native.set_io_flusher()
+        Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE))
+    except OSError as error:
+        log.info("not protected from memory pressure: %s", error.strerror)
