@@ -57,6 +57,8 @@ void device_unref(struct device *d)
 
 bool device_reserve(struct device *d, int64_t bytes)
 {
+	if (bytes == 0)
+		return true; /* also on a device that is over its limit */
 	int64_t before = atomic_fetch_add(&d->used_bytes, bytes);
 
 	if (before + bytes <= atomic_load(&d->limit_bytes))

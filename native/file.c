@@ -22,6 +22,7 @@ static void backing_close(struct job *job, char *scratch)
 	if (b->shadow_fd >= 0)
 		close(b->shadow_fd);
 	pthread_mutex_destroy(&b->open_lock);
+	pthread_mutex_destroy(&b->sync_lock);
 	device_unref(b->dev);
 	free(b->object);
 	free(b);
@@ -45,6 +46,7 @@ static struct backing *backing_new(struct device *dev, int shadow_fd, int data_f
 	b->dev = device_ref(dev);
 	b->shadow_fd = shadow_fd;
 	pthread_mutex_init(&b->open_lock, NULL);
+	pthread_mutex_init(&b->sync_lock, NULL);
 	return b;
 }
 
@@ -238,6 +240,7 @@ int file_stat(struct file *file, struct stat *st)
 
 static void park(struct file *file, struct request *r)
 {
+	atomic_store(&r->started, false);
 	r->park_next = NULL;
 	*file->parked_tail = r;
 	file->parked_tail = &r->park_next;
@@ -272,7 +275,6 @@ void file_leave_for_room(struct file *file, struct request *r)
 {
 	pthread_mutex_lock(&file->lock);
 	r->for_room = true;
-	atomic_store(&r->started, false);
 	park(file, r);
 	leave(file);
 	if (!file->starving) {
@@ -361,8 +363,10 @@ void file_settle(struct file *file, struct backing *b, int64_t reserved)
 {
 	pthread_mutex_lock(&file->lock);
 	int64_t now = allocated_bytes(atomic_load(&b->data_fd));
-	int64_t delta = now - file->counted_bytes;
-	file->counted_bytes = now;
+	/* An object may be opened by a READ that a re-pointing overtook. */
+	int64_t delta = b == file->backing ? now - file->counted_bytes : 0;
+	if (b == file->backing)
+		file->counted_bytes = now;
 	pthread_mutex_unlock(&file->lock);
 	device_release(b->dev, reserved - delta);
 }

@@ -28,6 +28,7 @@ struct backing {
 	int shadow_fd;      /* -1: the data's own inode has the attributes */
 	char *object;       /* path below objects/; NULL for a plain file */
 	pthread_mutex_t open_lock;
+	pthread_mutex_t sync_lock; /* held by the fsync under way */
 	_Atomic int data_fd; /* -1: an object that no I/O has opened yet */
 	bool create;        /* the object may not exist yet */
 	bool entries_dirty; /* its directory entries were not fsynced */

@@ -72,6 +72,21 @@ static void enqueue_unsent(struct front *f, const void *data, size_t len)
 	f->unsent_tail = &p->next;
 }
 
+/* False: to be tried again.  What the session can never get is answered: a
+ * request lost is a caller that waits for ever. */
+static bool try_send(struct front *f, const void *data, size_t len)
+{
+	const struct fuse_in_header *in = data;
+
+	if (send(f->session_fd, data, len, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0)
+		return true;
+	if (errno == EAGAIN || errno == ENOBUFS || errno == EINTR)
+		return false;
+	if (in->opcode != FUSE_FORGET && in->opcode != FUSE_BATCH_FORGET)
+		front_reply(f, in->unique, EIO, NULL, 0);
+	return true;
+}
+
 /* To the session, without ever waiting for it: the reader threads have data
  * requests to answer. */
 static void send_to_session(struct front *f, const void *data, size_t len)
@@ -80,8 +95,7 @@ static void send_to_session(struct front *f, const void *data, size_t len)
 
 	pthread_mutex_lock(&f->send_lock);
 	if (f->unsent == NULL)
-		full = send(f->session_fd, data, len, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 &&
-		       (errno == EAGAIN || errno == ENOBUFS || errno == EINTR);
+		full = !try_send(f, data, len);
 	if (full)
 		enqueue_unsent(f, data, len);
 	pthread_mutex_unlock(&f->send_lock);
@@ -95,8 +109,7 @@ static bool flush_unsent(struct front *f)
 	pthread_mutex_lock(&f->send_lock);
 	while (f->unsent != NULL) {
 		struct packet *p = f->unsent;
-		if (send(f->session_fd, p->data, p->len, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 &&
-		    (errno == EAGAIN || errno == ENOBUFS || errno == EINTR))
+		if (!try_send(f, p->data, p->len))
 			break;
 		f->unsent = p->next;
 		if (f->unsent == NULL)
@@ -309,9 +322,10 @@ struct front *front_new(int fuse_fd, unsigned threads, int *session_end)
 
 int front_start(struct front *f)
 {
+	/* Before the pump is there: it ends when no reader is left. */
+	atomic_store(&f->readers_alive, f->threads);
 	int err = pthread_create(&f->pump, NULL, pump, f);
 
-	atomic_store(&f->readers_alive, f->threads);
 	for (unsigned i = 0; err == 0 && i < f->threads; i++) {
 		err = pthread_create(&f->reader[i], NULL, read_requests, f);
 		if (err == 0)

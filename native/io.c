@@ -60,7 +60,10 @@ static enum io_result to_worker(struct io *io)
 {
 	if (!detach(io))
 		return answer(io, ENOMEM, NULL, 0);
+	if (io->b->dev->workers == NULL) /* stopped: the mount is ending */
+		return answer(io, ENODEV, NULL, 0);
 	io->r->dev = io->b->dev;
+	atomic_store(&io->r->started, false); /* it may be given up while it queues */
 	workers_submit(io->b->dev->workers, &io->r->job);
 	return IO_PASSED;
 }
@@ -221,7 +224,7 @@ static enum io_result write_(struct io *io)
 	return answer(io, 0, &out, sizeof(out));
 }
 
-static int sync_backing(struct file *file, struct backing *b, bool data_only)
+static int sync_locked(struct file *file, struct backing *b, bool data_only)
 {
 	uint64_t seq;
 
@@ -243,13 +246,26 @@ static int sync_backing(struct file *file, struct backing *b, bool data_only)
 	return err;
 }
 
+/* One at a time: the kernel reports a failure to one fsync of a descriptor, and
+ * one that overlapped it would take its own success for the data's. */
+static int sync_backing(struct file *file, struct backing *b, bool data_only)
+{
+	pthread_mutex_lock(&b->sync_lock);
+	int err = sync_locked(file, b, data_only);
+	pthread_mutex_unlock(&b->sync_lock);
+	return err;
+}
+
 static enum io_result fsync_(struct io *io)
 {
 	const struct fuse_fsync_in *arg = io->arg;
 	enum io_result result;
 	uint64_t seq;
 
-	if (must_defer(io) ? file_unsynced(io->file, &seq) : should_defer(io))
+	/* A clean file on a slow device: nothing there may be touched. */
+	if (must_defer(io) && !file_unsynced(io->file, &seq))
+		return answer(io, file_handle_error(io->file, arg->fh), NULL, 0);
+	if (should_defer(io))
 		return to_worker(io);
 	if (!enter_change(io, &result))
 		return result;
@@ -459,7 +475,12 @@ void io_resubmit(struct request *r)
 
 	r->dev = b->dev;
 	r->job.run = run_job;
-	workers_submit(b->dev->workers, &r->job);
+	if (b->dev->workers != NULL) {
+		workers_submit(b->dev->workers, &r->job);
+	} else {
+		request_reply(r, ENODEV, NULL, 0);
+		request_free(r);
+	}
 	backing_unref(b);
 }
 
@@ -483,11 +504,24 @@ int io_truncate(struct file *file, int64_t size)
 	return err;
 }
 
+/* A Kafka started on tree/ sees the object's times. */
+static void copy_times(struct backing *b)
+{
+	struct stat shadow;
+	int fd = atomic_load(&b->data_fd);
+
+	if (b->shadow_fd >= 0 && fd >= 0 && fstat(b->shadow_fd, &shadow) == 0)
+		(void)futimens(fd, (struct timespec[]){shadow.st_atim, shadow.st_mtim});
+}
+
 int io_sync(struct file *file)
 {
+	if (!file_enter(file, NULL))
+		return -EAGAIN;
 	struct backing *b = file_backing(file);
+	copy_times(b);
 	int err = sync_backing(file, b, false);
-
 	backing_unref(b);
+	file_leave(file);
 	return err;
 }

@@ -25,7 +25,9 @@ void io_resubmit(struct request *r);
  * when the data is on a slow device. */
 int io_truncate(struct file *file, int64_t size);
 
-/* What FSYNC does, without a handle; 0 or -errno. */
+/* What FSYNC does, without a handle, and for an object the times of its
+ * shadow; 0, -EAGAIN while the gate is closed, or
+ * -errno.  May block. */
 int io_sync(struct file *file);
 
 #endif

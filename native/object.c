@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <linux/openat2.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,6 +14,9 @@
 
 /* Searched by a Kafka that runs on tree/, listed by nobody. */
 enum { OBJECT_DIR_MODE = 0711 };
+
+/* After that objects/ itself is gone. */
+enum { CREATE_TRIES = 8 };
 
 static bool later(struct timespec a, struct timespec b)
 {
@@ -38,19 +42,36 @@ static int reconcile(struct file *file, struct backing *b, int data_fd)
 	return 0;
 }
 
+/* Makes the directory if need be and opens it, but no symlink; or -errno. */
+static int descend(int dir, const char *name)
+{
+	if (mkdirat(dir, name, OBJECT_DIR_MODE) != 0 && errno != EEXIST)
+		return -errno;
+	int fd = openat(dir, name, O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+	return fd < 0 ? -errno : fd;
+}
+
 int object_make_dirs(int dir_fd, const char *path)
 {
-	char dir[4096];
+	char name[NAME_MAX + 1];
+	int dir = dir_fd;
 
-	for (const char *slash = strchr(path, '/'); slash != NULL; slash = strchr(slash + 1, '/')) {
+	for (const char *slash; (slash = strchr(path, '/')) != NULL; path = slash + 1) {
 		size_t len = (size_t)(slash - path);
-		if (len >= sizeof(dir))
-			return -ENAMETOOLONG;
-		memcpy(dir, path, len);
-		dir[len] = '\0';
-		if (mkdirat(dir_fd, dir, OBJECT_DIR_MODE) != 0 && errno != EEXIST)
-			return -errno;
+		int next = -ENAMETOOLONG;
+		if (len < sizeof(name)) {
+			memcpy(name, path, len);
+			name[len] = '\0';
+			next = descend(dir, name);
+		}
+		if (dir != dir_fd)
+			close(dir);
+		if (next < 0)
+			return next;
+		dir = next;
 	}
+	if (dir != dir_fd)
+		close(dir);
 	return 0;
 }
 
@@ -59,7 +80,7 @@ int object_make_dirs(int dir_fd, const char *path)
 static int create(struct backing *b)
 {
 	struct stat shadow;
-	int err, fd;
+	int err, fd, tries = 0;
 
 	do { /* again when the removal of its last object took the directory */
 		err = object_make_dirs(b->dev->objects_fd, b->object);
@@ -67,10 +88,11 @@ static int create(struct backing *b)
 			return err;
 		fd = sys_open_beneath(b->dev->objects_fd, b->object,
 				      O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-	} while (fd == -ENOENT);
+	} while (fd == -ENOENT && ++tries < CREATE_TRIES);
 	if (fd < 0)
 		return fd;
 	if (fstat(b->shadow_fd, &shadow) == 0 &&
+	    futimens(fd, (struct timespec[]){shadow.st_atim, shadow.st_mtim}) == 0 &&
 	    (geteuid() != 0 || fchown(fd, shadow.st_uid, shadow.st_gid) == 0) &&
 	    fchmod(fd, shadow.st_mode & 07777) == 0)
 		return fd;

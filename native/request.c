@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 
 #include "file.h"
 
@@ -24,7 +25,10 @@ static void link_inflight(struct front *f, struct request *r)
 			r->interrupted = true;
 		}
 	}
+	bool sweep = r->interrupted;
 	pthread_mutex_unlock(&f->inflight_lock);
+	if (sweep)
+		(void)eventfd_write(f->wake_fd, 1);
 }
 
 struct request *request_new(struct front *f, struct file *file, const struct fuse_in_header *in)

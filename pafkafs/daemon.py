@@ -18,7 +18,7 @@ from pafkafs import _native, control, deviceset, garbage, mountpoint, recovery, 
 from pafkafs.config import MountOptions
 from pafkafs.device import Device, Home, device_kind, open_device, open_home
 from pafkafs.errors import PafkafsError
-from pafkafs.files import OpenFiles
+from pafkafs.files import OpenFile, OpenFiles
 from pafkafs.filesystem import Filesystem
 from pafkafs.migration import Spiller
 from pafkafs.namespace import Namespace
@@ -275,7 +275,7 @@ class Mount:
         with trio.CancelScope(shield=True):
             with trio.move_on_after(_SYNC_PATIENCE_S):
                 for file in self._files.all():
-                    await self._sync_file(file.native, file.device)
+                    await self._sync_file(file)
                 await self._upkeep.flush()
                 await self._namespace.sync_directory(self._namespace.nodes.root)
             self._front.stop()
@@ -284,13 +284,11 @@ class Mount:
                     log.error("%s hangs and is left behind", os.fsdecode(device.path))
         log.info("stopped %s", self.options.mountpoint)
 
-    async def _sync_file(self, native: _native.File, device: Device) -> None:
+    async def _sync_file(self, file: OpenFile) -> None:
         try:
-            await trio.to_thread.run_sync(
-                native.sync, limiter=device.limiter, abandon_on_cancel=True
-            )
+            await file.sync()
         except OSError as error:
-            device.failed(f"fsync at unmount: {error.strerror}")
+            file.device.failed(f"fsync at unmount: {error.strerror}")
 
     def _detach_if_left(self) -> None:
         """After a failure the mountpoint is not left dead."""

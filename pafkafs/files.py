@@ -56,17 +56,24 @@ class OpenFile:
 
     async def truncate(self, size: int) -> None:
         """Sets the size; waits at the gate, and in a worker for a slow device."""
+        await self._with_gate_open(
+            lambda: self.native.truncate(size), may_block=lambda: self.device.slow
+        )
+
+    async def sync(self) -> None:
+        """fsync, and the shadow's times for the object."""
+        await self._with_gate_open(self.native.sync, may_block=lambda: True)
+
+    async def _with_gate_open(self, act: Callable[[], None], may_block: Callable[[], bool]) -> None:
         while True:
             while self.gate_open is not None:
                 await self.gate_open.wait()
             try:
-                if self.device.slow:
-                    await trio.to_thread.run_sync(
-                        self.native.truncate, size, limiter=self.device.limiter
-                    )
-                else:
-                    self.native.truncate(size)
-                return
+                if not may_block():
+                    return act()
+                return await trio.to_thread.run_sync(
+                    act, limiter=self.device.limiter, abandon_on_cancel=True
+                )
             except BlockingIOError:
                 # Someone closed the gate between our look and the call.
                 await trio.lowlevel.checkpoint()
@@ -176,21 +183,11 @@ class OpenFiles:
 
     async def _sync_and_close(self, file: OpenFile) -> None:
         try:
-            await trio.to_thread.run_sync(
-                _sync_with_times, file.native, limiter=file.device.limiter, abandon_on_cancel=True
-            )
+            await file.sync()
         except OSError as error:
             log.error("fsync of %s failed: %s", os.fsdecode(file.node.path()), error.strerror)
             return
         self._end_use(file)
-
-
-def _sync_with_times(native: _native.File) -> None:
-    """fsync, and the shadow's times for the object: a Kafka started on tree/ sees those."""
-    native.sync()
-    status = os.fstat(native.attr_fd)
-    if native.data_fd >= 0:
-        os.utime(native.data_fd, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def open_data(name: bytes, dir_fd: int) -> tuple[int, bool]:

@@ -101,6 +101,13 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     _checked(_libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)))
 
 
+def start_writeback(fd: int) -> None:
+    """Sends what was stored into mappings on its way.  Unlike write and msync it does not hold
+    the inode meanwhile, so the file can be renamed, linked and unlinked."""
+    write_only = 2  # SYNC_FILE_RANGE_WRITE
+    _checked(_libc.sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), write_only))
+
+
 class _Timespec(ctypes.Structure):
     _fields_ = (("seconds", ctypes.c_int64), ("nanoseconds", ctypes.c_int64))
 

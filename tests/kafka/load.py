@@ -1,0 +1,107 @@
+"""What runs beside a scenario: a steady producer, and a watch on the mount's response times."""
+
+import os
+import time
+from pathlib import Path
+from threading import Event, Thread
+from types import TracebackType
+from typing import Self
+
+from kafkarun.polling import wait_until
+from kafkarun.traffic import CheckedProducer
+
+_TICK_S = 0.02
+
+
+class _Beside:
+    """A thread that calls `tick` until the block ends; its exception ends the block with it."""
+
+    def __init__(self) -> None:
+        self._ending = Event()
+        self._failure: BaseException | None = None
+        self._thread = Thread(target=self._run, daemon=True)
+
+    def tick(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._ending.set()
+        self._thread.join(60)
+        if kind is None:
+            assert not self._thread.is_alive(), f"{type(self).__name__} hangs"
+            if self._failure is not None:
+                raise self._failure
+
+    def _run(self) -> None:
+        try:
+            while not self._ending.wait(_TICK_S):
+                self.tick()
+        except BaseException as failure:
+            self._failure = failure
+
+
+class BackgroundLoad(_Beside):
+    """Produces at a steady rate; afterwards the fate of every record is known."""
+
+    def __init__(self, producer: CheckedProducer, records_per_s: int) -> None:
+        super().__init__()
+        self._producer = producer
+        self._per_tick = max(1, round(records_per_s * _TICK_S))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        super().__exit__(kind, value, trace)
+        if kind is None:
+            self._producer.flush()
+
+    def wait_for_acks(self, more: int, within_s: float = 60) -> None:
+        """Return when `more` records than now have been acknowledged."""
+        wanted = len(self._producer.ledger) + more
+        wait_until(
+            lambda: len(self._producer.ledger) >= wanted or self._failure is not None,
+            within_s=within_s,
+            what=f"{more} more acks",
+        )
+
+    def tick(self) -> None:
+        self._producer.send(self._per_tick)
+
+
+class StallWatch(_Beside):
+    """Lists and stats the top of a directory all the time and keeps the longest it took."""
+
+    def __init__(self, top: Path) -> None:
+        super().__init__()
+        self._top = top
+        self._worst_s = 0.0
+        self._started: float | None = None
+
+    @property
+    def worst_s(self) -> float:
+        """Seconds of the slowest round, one that has not come back yet included."""
+        started = self._started
+        running_s = time.monotonic() - started if started is not None else 0.0
+        return max(self._worst_s, running_s)
+
+    def tick(self) -> None:
+        self._started = time.monotonic()
+        for name in os.listdir(self._top):
+            try:
+                os.stat(self._top / name)
+            except FileNotFoundError:  # Kafka replaces checkpoints all the time
+                continue
+        self._worst_s = self.worst_s
+        self._started = None
