@@ -18,27 +18,19 @@ enum { OBJECT_DIR_MODE = 0711 };
 /* After that objects/ itself is gone. */
 enum { CREATE_TRIES = 8 };
 
-static bool later(struct timespec a, struct timespec b)
-{
-	return a.tv_sec > b.tv_sec || (a.tv_sec == b.tv_sec && a.tv_nsec > b.tv_nsec);
-}
-
 static int reconcile(struct file *file, struct backing *b, int data_fd)
 {
 	struct stat object, shadow;
 
 	if (fstat(data_fd, &object) != 0 || fstat(b->shadow_fd, &shadow) != 0)
 		return -errno;
-	bool resized = object.st_size != shadow.st_size;
-	if (!resized && !later(object.st_mtim, shadow.st_mtim))
+	/* Times alone tell nothing: a utimens may not have reached the object. */
+	if (object.st_size == shadow.st_size)
 		return 0;
-	if (resized && ftruncate(b->shadow_fd, object.st_size) != 0)
-		return -errno;
 	struct timespec times[2] = {object.st_atim, object.st_mtim};
-	if (futimens(b->shadow_fd, times) != 0)
+	if (ftruncate(b->shadow_fd, object.st_size) != 0 || futimens(b->shadow_fd, times) != 0)
 		return -errno;
-	if (resized)
-		events_put(file->front->events, EVENT_RECONCILED, file->ino, 0);
+	events_put(file->front->events, EVENT_RECONCILED, file->ino, 0);
 	return 0;
 }
 

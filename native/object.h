@@ -12,7 +12,7 @@
 /* Opens the data of a backing if that was not done yet; 0 or -errno.
  *
  * An object that was changed behind its shadow (a Kafka started on tree/)
- * wins: its size and, if later, its mtime go to the shadow. */
+ * wins: when its size differs, size and mtime go to the shadow. */
 int object_open(struct file *file, struct backing *b);
 
 /* The object has grown to end, or was changed below it, just now: the shadow

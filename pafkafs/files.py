@@ -16,6 +16,9 @@ from pafkafs import _native
 from pafkafs.device import Device
 from pafkafs.nodes import Node
 
+# Freeing more bytes than this is not for the trio thread.
+_LONG_FREE = 16 << 20
+
 log = logging.getLogger(__name__)
 
 _OPEN_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
@@ -57,7 +60,8 @@ class OpenFile:
     async def truncate(self, size: int) -> None:
         """Sets the size; waits at the gate, and in a worker for a slow device."""
         await self._with_gate_open(
-            lambda: self.native.truncate(size), may_block=lambda: self.device.slow
+            lambda: self.native.truncate(size),
+            may_block=lambda: self.device.slow or self.native.counted_bytes - size > _LONG_FREE,
         )
 
     async def sync(self) -> None:

@@ -133,6 +133,9 @@ class Spiller:
     ) -> None:
         """Atomic for the trio thread: the name is what it is found to be here."""
         node = file.node
+        if not self._may_move(file):
+            self._discard(stub, object_fd, shadow_fd)
+            raise OSError(errno.EMLINK, "it got a second link meanwhile")
         # chmod, chown and utimens do not wait at the gate.
         layout.copy_attributes(os.fstat(file.native.attr_fd), shadow_fd)
         key = os.fstat(shadow_fd).st_ino
@@ -142,9 +145,7 @@ class Spiller:
             try:
                 layout.replace_with_stub(self._home.tmp_fd, parent_fd, name, target.path, stub)
             except OSError:
-                os.close(object_fd)
-                os.close(shadow_fd)
-                self._namespace.upkeep.remove(stub)
+                self._discard(stub, object_fd, shadow_fd)
                 raise
             file.device.files -= 1
             target.files += 1
@@ -156,6 +157,12 @@ class Spiller:
         file.native.nlink = 1 if node.names else 0
         file.device = target
         file.read_only = False
+
+    def _discard(self, stub: Stub, object_fd: int, shadow_fd: int) -> None:
+        """Throws the copy away; the file stays what it was."""
+        os.close(object_fd)
+        os.close(shadow_fd)
+        self._namespace.upkeep.remove(stub)
 
     async def _sync_parent(self, file: OpenFile) -> None:
         if not file.node.names:

@@ -111,12 +111,14 @@ class Namespace:
         file = node.file
         if file is not None:
             status = os.fstat(file.native.attr_fd)
-        elif node.gone is not None:
-            status = node.gone
         elif node.is_directory:
             status = os.stat(self.nodes.directory_fd(node))
+        elif node.gone is not None:
+            return Attributes(node.ino, node.gone, 0, node.gone.st_blocks)
         elif node.stub is not None:
             status = self._shadow_status(node.stub)
+        elif node.fd is not None:
+            status = os.stat(node.fd)
         else:
             parent, name = node.names[0]
             status = os.stat(name, dir_fd=self.nodes.directory_fd(parent), follow_symlinks=False)
@@ -125,7 +127,8 @@ class Namespace:
         blocks = -(-status.st_size // 512)
         if file is not None and file.native.data_fd >= 0:
             blocks = file.native.counted_bytes // 512
-        return Attributes(node.ino, status, self._stub_links(node), blocks)
+        links = self._stub_links(node) if file is None else file.native.nlink
+        return Attributes(node.ino, status, links, blocks)
 
     def _stub_links(self, node: Node) -> int:
         if not node.names:
@@ -322,53 +325,75 @@ class Namespace:
             os.unlink(name, dir_fd=parent_fd)  # a refused stub: the name is all there is
             self.damaged.discard(parent.path() + b"/" + name)
             return
-        before = self.attributes(node)
+        before, pin = self.attributes(node), self._pin(node, parent_fd, name)
         os.unlink(name, dir_fd=parent_fd)
-        self._name_gone(node, parent, name, before, parent_fd)
+        self._name_gone(node, parent, name, before, parent_fd, pin)
+
+    def _pin(self, node: Node, parent_fd: int, name: bytes) -> int | None:
+        """Keeps what a name leads to while the name is removed.
+
+        Without it the blocks of a large file would be freed here, inline: 0.2 s for 1 GiB.
+        """
+        if node.file is not None or node.stub is not None or node.is_directory:
+            return None
+        return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent_fd)
 
     def rmdir(self, parent: Node, name: bytes) -> None:
         """Removes an empty directory, which may still be open."""
         node = self.lookup(parent, name)
-        before = self.attributes(node)
         self.nodes.pin_directory(node)
         os.rmdir(name, dir_fd=self.nodes.directory_fd(parent))
+        self._directory_gone(node)
+
+    def _directory_gone(self, node: Node) -> None:
         self.nodes.clear_names(node)
-        node.gone = _with_links(before.status, 0)
         self.nodes.release_key(node)
         self.nodes.drop_if_unused(node)
 
     def _name_gone(
-        self, node: Node, parent: Node, name: bytes, before: Attributes, parent_fd: int
+        self,
+        node: Node,
+        parent: Node,
+        name: bytes,
+        before: Attributes,
+        parent_fd: int,
+        pin: int | None,
     ) -> None:
         self.nodes.remove_name(node, parent, name)
-        if before.nlink > 1:
-            self._links_changed_if_named(node)
-            self.nodes.drop_if_unused(node)
-            return
-        self.nodes.clear_names(node)
-        node.gone = _with_links(before.status, 0)
-        self._last_name_gone(node, before, parent_fd)
-        self.nodes.release_key(node)
+        if before.nlink > 1 or not stat.S_ISREG(before.status.st_mode):
+            if node.stub is not None and node.file is not None:
+                node.file.native.nlink = before.nlink - 1
+            self._keep_pin(node, pin)
+        else:
+            self._file_gone(node, before, parent_fd, pin)
+        if before.nlink <= 1:
+            self.nodes.clear_names(node)
+            self.nodes.release_key(node)
         self.nodes.drop_if_unused(node)
 
-    def _links_changed_if_named(self, node: Node) -> None:
-        if node.names:
-            self._links_changed(node)
+    @staticmethod
+    def _keep_pin(node: Node, pin: int | None) -> None:
+        """What has no name that we know is reached by its descriptor."""
+        if pin is not None and not node.names and node.fd is None:
+            node.fd = pin
+        elif pin is not None:
+            os.close(pin)
 
-    def _last_name_gone(self, node: Node, before: Attributes, parent_fd: int) -> None:
-        if not stat.S_ISREG(before.status.st_mode):
-            return
+    def _file_gone(self, node: Node, before: Attributes, parent_fd: int, pin: int | None) -> None:
+        """The last name of a regular file was removed."""
         device = self._home_device if node.stub is None else self.devices[node.stub.device_id]
         device.files -= 1
-        if node.file is not None:
-            if node.stub is not None:
-                node.file.native.nlink = 0
-                self.upkeep.stub_removed(parent_fd)
-            return  # closing it does the rest
-        device.native.add_used(-before.blocks * 512)
+        node.gone = before.status
         if node.stub is not None:
             self.upkeep.stub_removed(parent_fd)
+        if node.file is not None:
+            node.file.native.nlink = 0
+            return  # closing it does the rest
+        if node.stub is not None:
+            device.native.add_used(-before.blocks * 512)
             self.upkeep.remove(node.stub)
+        elif pin is not None:
+            self.upkeep.free(pin, device, before.blocks * 512)
 
     def file_closed(self, file: OpenFile) -> None:
         """The last handle of a file is gone: without a name its data goes too."""
@@ -382,17 +407,24 @@ class Namespace:
         self, old_parent: Node, old: bytes, new_parent: Node, new: bytes, flags: int
     ) -> None:
         """renameat2.  Data and objects stay where they are, whatever is renamed."""
-        moved = self.lookup(old_parent, old)
-        target, before = self._rename_target(new_parent, new)
-        if target is moved:
-            return
         if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE):
             raise OSError(errno.EINVAL, "unknown flags of rename")
+        moved = self.lookup(old_parent, old)
+        target, before, pin = self._rename_target(new_parent, new)
+        if target is moved:
+            if pin is not None:
+                os.close(pin)
+            return
         if target is not None and target.is_directory and not flags & RENAME_EXCHANGE:
             self.nodes.pin_directory(target)
         old_fd = self.nodes.directory_fd(old_parent)
         new_fd = self.nodes.directory_fd(new_parent)
-        _native.rename(old_fd, old, new_fd, new, flags)
+        try:
+            _native.rename(old_fd, old, new_fd, new, flags)
+        except OSError:
+            if pin is not None:
+                os.close(pin)
+            raise
         self.nodes.remove_name(moved, old_parent, old)
         self.nodes.add_name(moved, new_parent, new)
         if target is not None and before is not None:
@@ -400,20 +432,23 @@ class Namespace:
                 self.nodes.remove_name(target, new_parent, new)
                 self.nodes.add_name(target, old_parent, old)
             elif target.is_directory:
-                self.nodes.clear_names(target)
-                target.gone = _with_links(before.status, 0)
-                self.nodes.release_key(target)
-                self.nodes.drop_if_unused(target)
+                self._directory_gone(target)
             else:
-                self._name_gone(target, new_parent, new, before, new_fd)
+                self._name_gone(target, new_parent, new, before, new_fd, pin)
+                pin = None
+        if pin is not None:
+            os.close(pin)
         await self.name_made(new_parent, *([] if old_parent is new_parent else [old_parent]))
 
-    def _rename_target(self, parent: Node, name: bytes) -> tuple[Node | None, Attributes | None]:
+    def _rename_target(
+        self, parent: Node, name: bytes
+    ) -> tuple[Node | None, Attributes | None, int | None]:
         try:
             target = self.lookup(parent, name)
         except FileNotFoundError:
-            return None, None
-        return target, self.attributes(target)
+            return None, None, None
+        pin = self._pin(target, self.nodes.directory_fd(parent), name)
+        return target, self.attributes(target), pin
 
     # -- opening and attributes ---------------------------------------------------------------
 
@@ -473,8 +508,14 @@ class Namespace:
         flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
         if node.is_directory:
             fd = os.dup(self.nodes.directory_fd(node))
+        elif node.gone is not None:
+            # Its inode is being freed; only who holds an O_PATH descriptor can still ask.
+            node.gone = _with_changes(node.gone, changes)
+            return
         elif node.stub is not None:
             fd = os.open(node.stub.shadow, flags, dir_fd=self.home.shadows_fd)
+        elif node.fd is not None:
+            fd = os.dup(node.fd)
         else:
             parent, name = node.names[0]
             fd = os.open(name, flags, dir_fd=self.nodes.directory_fd(parent))
@@ -519,10 +560,17 @@ def _times(now: os.stat_result, changes: Changes) -> tuple[int, int] | None:
     )
 
 
-def _with_links(status: os.stat_result, links: int) -> os.stat_result:
+def _with_changes(status: os.stat_result, changes: Changes) -> os.stat_result:
     values = list(status)
-    values[stat.ST_NLINK] = links
-    return os.stat_result(values, {n: getattr(status, n) for n in _EXTRA_FIELDS})
+    extra = {name: getattr(status, name) for name in _EXTRA_FIELDS}
+    if changes.mode is not None:
+        values[stat.ST_MODE] = stat.S_IFMT(status.st_mode) | stat.S_IMODE(changes.mode)
+    for index, value in ((stat.ST_UID, changes.uid), (stat.ST_GID, changes.gid)):
+        values[index] = values[index] if value is None else value
+    for name, time_ns in (("atime", changes.atime_ns), ("mtime", changes.mtime_ns)):
+        if time_ns is not None:
+            extra[f"st_{name}_ns"] = time_ns
+    return os.stat_result(values, extra)
 
 
 _EXTRA_FIELDS = (

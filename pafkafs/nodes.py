@@ -63,8 +63,9 @@ class Node:
         self.children = 0  # names of other nodes that are in this directory
         self.lookups = 0  # references of the kernel
         self.file: OpenFile | None = None
-        self.fd: int | None = None  # of a directory
-        self.gone: os.stat_result | None = None  # last status, once no name is left
+        # O_PATH: of a directory while it is cached, of all else once no name is known.
+        self.fd: int | None = None
+        self.gone: os.stat_result | None = None  # last status of a removed regular file
 
     def path(self) -> bytes:
         """Relative to the mount; for messages and the names of objects."""
@@ -170,7 +171,7 @@ class NodeTable:
             return
         del self._by_ino[node.ino]
         del self._by_key[node.key]
-        self._close_directory(node)
+        self._close_fd(node)
         self.clear_names(node)
 
     def directory_fd(self, node: Node) -> int:
@@ -205,7 +206,7 @@ class NodeTable:
             os.close(oldest.fd)
             oldest.fd = None
 
-    def _close_directory(self, node: Node) -> None:
+    def _close_fd(self, node: Node) -> None:
         if node.fd is not None:
             self._open_directories.pop(node, None)
             os.close(node.fd)

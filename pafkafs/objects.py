@@ -29,6 +29,7 @@ class ObjectUpkeep:
         self._unsynced: dict[int, int] = {}  # inode of a directory that lost stubs: descriptor
         self._removals: list[Stub] = []
         self._attributes: dict[str, Stub] = {}
+        self._pins: list[tuple[int, Device, int]] = []
         self._wake = trio.Event()
         self.kept: set[str] = set()  # ids of objects with several stubs: never removed
 
@@ -42,6 +43,11 @@ class ObjectUpkeep:
     def remove(self, stub: Stub) -> None:
         """Nothing refers to this object and its shadow any more."""
         self._removals.append(stub)
+        self._wake.set()
+
+    def free(self, pin: int, device: Device, count: int) -> None:
+        """Closes the last descriptor of a removed file of count allocated bytes, in a thread."""
+        self._pins.append((pin, device, count))
         self._wake.set()
 
     def attributes_changed(self, stub: Stub) -> None:
@@ -62,6 +68,8 @@ class ObjectUpkeep:
         removals, self._removals = self._removals, []
         attributes, self._attributes = self._attributes, {}
         unsynced, self._unsynced = self._unsynced, {}
+        pins, self._pins = self._pins, []
+        await trio.to_thread.run_sync(_free, pins)
         try:
             await self._each_device(list(attributes.values()), self._copy_attributes)
             # **Invariant:** an object is not removed before the removal of its stub is durable.
@@ -153,3 +161,9 @@ def _sync_and_close(fds: list[int]) -> None:
     finally:
         for fd in fds:
             os.close(fd)
+
+
+def _free(pins: list[tuple[int, Device, int]]) -> None:
+    for pin, device, count in pins:
+        os.close(pin)
+        device.native.add_used(-count)

@@ -2,10 +2,10 @@
 work in other processes, and system calls that Python has no function for."""
 
 import ctypes
+import fcntl
 import os
 import pickle
 import signal
-import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +38,7 @@ def shared_mount(directory: Path, *options: str) -> Iterator[Mount]:
     """A mount for all tests of a module, each of which works in a directory of its own."""
     with tmpfs(directory / "memory", "256m") as fast:
         slow, mountpoint = directory / "slow", directory / "mnt" / "kafka-logs"
-        slow.mkdir()
+        slow.mkdir(exist_ok=True)
         mountpoint.mkdir(parents=True)
         mount = Mount(fast, slow, mountpoint, options, directory / "pafkafs.log")
         try:
@@ -79,6 +79,16 @@ class Files:
             write_all(file.fileno(), content)
         assert is_spilled(self.mount, path) == self.spilled
         return path
+
+
+@contextmanager
+def opened(path: Path, flags: int) -> Iterator[int]:
+    """A descriptor, closed also when the test fails: else the mount stays busy."""
+    fd = os.open(path, flags)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 # -- system calls -------------------------------------------------------------------------------
@@ -202,19 +212,27 @@ class Background:
 # -- a slow device that stands still ------------------------------------------------------------
 
 
+_FIFREEZE, _FITHAW = 0xC0045877, 0xC0045878
+
+
 @contextmanager
 def frozen(filesystem: Path) -> Iterator[Callable[[], None]]:
-    """All changes of a filesystem wait, from here to the call of what this yields, or the end."""
-    thawed = False
+    """All changes of a filesystem wait, from here to the call of what this yields, or the end.
+
+    No program may be run meanwhile: a new process closes the descriptors that it inherits, and
+    each close of a file waits for what was stored into its mappings.
+    """
+    is_frozen = True
 
     def thaw() -> None:
-        nonlocal thawed
-        if not thawed:
-            subprocess.run(["fsfreeze", "--unfreeze", str(filesystem)], check=True)
-        thawed = True
+        nonlocal is_frozen
+        if is_frozen:
+            fcntl.ioctl(fd, _FITHAW, 0)
+        is_frozen = False
 
-    subprocess.run(["fsfreeze", "--freeze", str(filesystem)], check=True)
-    try:
-        yield thaw
-    finally:
-        thaw()
+    with opened(filesystem, os.O_RDONLY | os.O_DIRECTORY) as fd:
+        fcntl.ioctl(fd, _FIFREEZE, 0)
+        try:
+            yield thaw
+        finally:
+            thaw()

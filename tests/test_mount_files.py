@@ -6,7 +6,6 @@ import mmap
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from filetools import (
     fallocate,
     in_children,
     is_spilled,
+    opened,
     push_to_slow_tier,
     set_mtime_only,
     shared_mount,
@@ -85,8 +85,7 @@ def test_open_with_o_trunc_empties_the_file(files: Files) -> None:
 
 def test_file_created_read_only_is_written_through_its_descriptor(files: Files) -> None:
     path = files.directory / "snapshot"
-    fd = os.open(path, os.O_CREAT | os.O_RDWR, 0o400)
-    with closing(os.fdopen(fd, "wb")) as file:
+    with open(os.open(path, os.O_CREAT | os.O_RDWR, 0o400), "wb") as file:
         file.write(TEXT)
     assert path.read_bytes() == TEXT
 
@@ -112,9 +111,8 @@ def test_appends_of_several_processes_do_not_overlap(files: Files) -> None:
 
 def test_write_only_descriptor_changes_part_of_a_page(files: Files) -> None:
     path = files.make(content=TEXT)
-    fd = os.open(path, os.O_WRONLY)
-    os.pwrite(fd, b"changed", 100)
-    os.close(fd)
+    with opened(path, os.O_WRONLY) as fd:
+        os.pwrite(fd, b"changed", 100)
     assert path.read_bytes() == TEXT[:100] + b"changed" + TEXT[107:]
 
 
@@ -163,11 +161,10 @@ def test_truncate_is_seen_by_open_descriptors(files: Files) -> None:
 
 def test_reads_at_the_end_are_short(files: Files) -> None:
     path = files.make(content=TEXT)
-    fd = os.open(path, os.O_RDONLY)
-    assert os.pread(fd, 4096, len(TEXT) - 10) == TEXT[-10:]
-    assert os.pread(fd, 4096, len(TEXT)) == b""
-    assert os.pread(fd, 4096, len(TEXT) + MIB) == b""
-    os.close(fd)
+    with opened(path, os.O_RDONLY) as fd:
+        assert os.pread(fd, 4096, len(TEXT) - 10) == TEXT[-10:]
+        assert os.pread(fd, 4096, len(TEXT)) == b""
+        assert os.pread(fd, 4096, len(TEXT) + MIB) == b""
 
 
 # -- mappings -----------------------------------------------------------------------------------
@@ -274,15 +271,14 @@ def test_fallocate_mode_that_is_not_supported_is_eopnotsupp(files: Files) -> Non
 
 def test_seek_finds_data_and_holes(files: Files) -> None:
     path = files.make()
-    fd = os.open(path, os.O_RDWR)
-    os.pwrite(fd, b"x" * PAGE, 64 * PAGE)
-    os.ftruncate(fd, 128 * PAGE)
-    assert os.lseek(fd, 0, os.SEEK_DATA) == 64 * PAGE
-    assert os.lseek(fd, 64 * PAGE, os.SEEK_HOLE) == 65 * PAGE
-    with pytest.raises(OSError) as raised:  # noqa: PT011
-        os.lseek(fd, 65 * PAGE, os.SEEK_DATA)
+    with opened(path, os.O_RDWR) as fd:
+        os.pwrite(fd, b"x" * PAGE, 64 * PAGE)
+        os.ftruncate(fd, 128 * PAGE)
+        assert os.lseek(fd, 0, os.SEEK_DATA) == 64 * PAGE
+        assert os.lseek(fd, 64 * PAGE, os.SEEK_HOLE) == 65 * PAGE
+        with pytest.raises(OSError) as raised:  # noqa: PT011
+            os.lseek(fd, 65 * PAGE, os.SEEK_DATA)
     assert raised.value.errno == errno.ENXIO
-    os.close(fd)
 
 
 @pytest.mark.parametrize("to_spilled", [False, True], ids=["to-fast", "to-spilled"])
@@ -299,17 +295,15 @@ def test_copy_file_range_copies_also_between_tiers(files: Files, to_spilled: boo
 def test_fsync_through_a_read_only_descriptor_succeeds(files: Files) -> None:
     path = files.make(content=TEXT)
     path.chmod(0o400)
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.fdatasync(fd)
-    os.close(fd)
+    with opened(path, os.O_RDONLY) as fd:
+        os.fsync(fd)
+        os.fdatasync(fd)
 
 
 def test_fsync_of_a_directory_succeeds(files: Files) -> None:
     files.make(content=TEXT)
-    fd = os.open(files.directory, os.O_RDONLY | os.O_DIRECTORY)
-    os.fsync(fd)
-    os.close(fd)
+    with opened(files.directory, os.O_RDONLY | os.O_DIRECTORY) as fd:
+        os.fsync(fd)
 
 
 def try_lock(path: Path) -> bool:
@@ -367,6 +361,8 @@ def test_times_are_set_to_now(files: Files) -> None:
 
 def test_times_that_were_set_stay_when_the_file_is_read_and_changed_in_mode(files: Files) -> None:
     path = files.make(content=TEXT)
+    with opened(path, os.O_RDWR) as fd:
+        os.fsync(fd)
     os.utime(path, ns=(PAST_NS, PAST_NS))
     assert path.read_bytes() == TEXT
     path.chmod(0o600)
@@ -505,11 +501,10 @@ def test_file_made_after_an_unlink_is_another_one(files: Files) -> None:
 
 def test_chmod_of_a_removed_file_that_a_path_descriptor_holds(files: Files) -> None:
     path = files.make(content=TEXT)
-    fd = os.open(path, os.O_PATH)
-    path.unlink()
-    os.chmod(f"/proc/self/fd/{fd}", 0o604)
-    assert os.fstat(fd).st_mode & 0o7777 == 0o604
-    os.close(fd)
+    with opened(path, os.O_PATH) as fd:
+        path.unlink()
+        os.chmod(f"/proc/self/fd/{fd}", 0o604)
+        assert os.fstat(fd).st_mode & 0o7777 == 0o604
 
 
 # -- room ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from typing import Any
 
 import click
@@ -72,7 +73,8 @@ def _without_daemon(
 def _show(mount: dict[str, Any]) -> None:
     from rich.console import Console
 
-    console = Console(highlight=False, soft_wrap=True)
+    # A pipe has no width: nothing is cut there.
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 250)
     console.print(f"[bold]{mount['mountpoint']}[/bold]  {mount['state']}", end="")
     if mount["pid"] is None:
         console.print()
@@ -94,7 +96,7 @@ def _show_devices(console: Any, mount: dict[str, Any]) -> None:
 
     table = Table(box=None, pad_edge=True, padding=(0, 2))
     for title in ("tier", "kind", "device"):
-        table.add_column(title)
+        table.add_column(title, overflow="fold")
     for title in ("used", "capacity", "full", "files"):
         table.add_column(title, justify="right")
     for tier in mount["tiers"]:
