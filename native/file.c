@@ -363,12 +363,20 @@ void file_settle(struct file *file, struct backing *b, int64_t reserved)
 {
 	pthread_mutex_lock(&file->lock);
 	int64_t now = allocated_bytes(atomic_load(&b->data_fd));
-	/* An object may be opened by a READ that a re-pointing overtook. */
 	int64_t delta = b == file->backing ? now - file->counted_bytes : 0;
 	if (b == file->backing)
 		file->counted_bytes = now;
 	pthread_mutex_unlock(&file->lock);
 	device_release(b->dev, reserved - delta);
+}
+
+void file_count(struct file *file, struct backing *b)
+{
+	pthread_mutex_lock(&file->lock);
+	/* A READ that a re-pointing overtook opens the old object. */
+	if (b == file->backing)
+		file->counted_bytes = allocated_bytes(atomic_load(&b->data_fd));
+	pthread_mutex_unlock(&file->lock);
 }
 
 void file_mark_changed(struct file *file)

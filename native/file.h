@@ -103,6 +103,9 @@ void file_end_starving(struct file *file, int error);
  * reserved bytes had been taken. */
 void file_settle(struct file *file, struct backing *b, int64_t reserved);
 
+/* The backing was opened just now: what it has allocated counts already. */
+void file_count(struct file *file, struct backing *b);
+
 void file_mark_changed(struct file *file);
 /* True when there is something to sync; *seq is for file_synced. */
 bool file_unsynced(struct file *file, uint64_t *seq);

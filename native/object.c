@@ -125,7 +125,7 @@ static int open_locked(struct file *file, struct backing *b)
 		return err == -ENOENT || err == -ELOOP || err == -EXDEV ? -EIO : err;
 	}
 	atomic_store(&b->data_fd, fd);
-	file_settle(file, b, 0);
+	file_count(file, b);
 	return 0;
 }
 

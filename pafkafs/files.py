@@ -6,6 +6,7 @@ Contents never pass through here.  What does: opening and closing, truncation, t
 import errno
 import itertools
 import logging
+import math
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -17,7 +18,7 @@ from pafkafs.device import Device
 from pafkafs.nodes import Node
 
 # Freeing more bytes than this is not for the trio thread.
-_LONG_FREE = 16 << 20
+LONG_FREE = 16 << 20
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,17 @@ class OpenFile:
     users counts handles and operations of our own; the last one closes it.
     """
 
-    __slots__ = ("device", "gate_open", "native", "node", "quiet", "read_only", "users")
+    __slots__ = (
+        "device",
+        "devices_tried",
+        "gate_open",
+        "native",
+        "node",
+        "quiet",
+        "read_only",
+        "starving_since",
+        "users",
+    )
 
     def __init__(self, node: Node, native: _native.File, device: Device, read_only: bool) -> None:
         self.node = node
@@ -38,6 +49,8 @@ class OpenFile:
         self.device = device
         self.read_only = read_only  # without privilege, of a file with mode 0400
         self.users = 0
+        self.starving_since = -math.inf
+        self.devices_tried: set[str] = set()  # for room, since then
         self.gate_open: trio.Event | None = None  # set while the gate is closed
         self.quiet: trio.Event | None = None
 
@@ -61,7 +74,7 @@ class OpenFile:
         """Sets the size; waits at the gate, and in a worker for a slow device."""
         await self._with_gate_open(
             lambda: self.native.truncate(size),
-            may_block=lambda: self.device.slow or self.native.counted_bytes - size > _LONG_FREE,
+            may_block=lambda: self.device.slow or self.native.counted_bytes - size > LONG_FREE,
         )
 
     async def sync(self) -> None:

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 # still returns) before its file is moved.
 ROOM_WAIT_S = 0.2
 _ROOM_POLL_S = 0.01
+# So long, counted from its first request without room, a file does not try a device again.
+_EPISODE_S = 2.0
 # Room that must be there before a parked write is tried again: the largest WRITE.
 _WRITE_BYTES_MAX = 1 << 20
 
@@ -53,19 +55,29 @@ class Spiller:
     async def make_room(self, file: OpenFile) -> None:
         """A request of this file waits for room; it goes on, or fails with ENOSPC."""
         async with self._namespace.files.used(file):
+            if trio.current_time() - file.starving_since > _EPISODE_S:
+                file.starving_since = trio.current_time()
+                file.devices_tried.clear()
+            file.native.end_starving(await self._find_room(file))
+
+    async def _find_room(self, file: OpenFile) -> int:
+        """0 to try again, or the errno for those who wait.
+
+        Each device is tried once in an episode: one that has room by its accounts, and none for
+        this request, must not be tried for ever.
+        """
+        here = file.device.id
+        if here not in file.devices_tried:
+            file.devices_tried.add(here)
             if await _room_came(file.device):
-                file.native.end_starving(0)
-                return
-            error = await self._spill(file)
-            file.native.end_starving(error)
+                return 0
+        return await self._spill(file)
 
     async def _spill(self, file: OpenFile) -> int:
-        """0, or the errno for those who wait."""
         if not self._may_move(file):
             return errno.ENOSPC
-        tried: set[str] = set()
-        while (target := self._choose(file, tried)) is not None:
-            tried.add(target.id)
+        while (target := self._choose(file)) is not None:
+            file.devices_tried.add(target.id)
             try:
                 await self._move(file, target)
             except OSError as error:
@@ -76,10 +88,13 @@ class Spiller:
         return errno.ENOSPC
 
     def _may_move(self, file: OpenFile) -> bool:
-        """One rename replaces one name: a file with several links stays where it is."""
-        return self._namespace.attributes(file.node).nlink <= 1
+        """One rename replaces one name: a file with several links stays where it is, and so
+        does one that is left with a name that we do not know."""
+        known = bool(file.node.names) or file.node.gone is not None
+        return known and self._namespace.attributes(file.node).nlink <= 1
 
-    def _choose(self, file: OpenFile, tried: set[str]) -> Device | None:
+    def _choose(self, file: OpenFile) -> Device | None:
+        tried = file.devices_tried - {file.device.id}
         devices = [d for d in self._devices.values() if d.id not in tried]
         source = devices.index(file.device)
         need = self._namespace.attributes(file.node).blocks * 512 + _WRITE_BYTES_MAX

@@ -14,13 +14,16 @@ import trio
 
 from pafkafs import _native, kafka, layout
 from pafkafs.device import Device, Home
-from pafkafs.files import OpenFile, OpenFiles, open_data, open_shadow
+from pafkafs.files import LONG_FREE, OpenFile, OpenFiles, open_data, open_shadow
 from pafkafs.layout import Stub
 from pafkafs.nodes import Attributes, Node, NodeTable
 from pafkafs.objects import ObjectUpkeep
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
+
+_INODE_RESERVE_MIN = 16
+_INODE_RESERVE_MAX = 4096
 
 _CREATE_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -172,6 +175,7 @@ class Namespace:
         self, parent: Node, name: bytes, mode: int, caller: Caller
     ) -> tuple[Node, int]:
         """A new regular file on the device that placement chooses, and a handle of it."""
+        self._check_inodes()
         partition = parent.names[0][1] if parent.names else b""
         bulk = kafka.is_bulk_data(os.fsdecode(partition), os.fsdecode(name))
         device = self._place(bulk)
@@ -188,6 +192,13 @@ class Namespace:
             self.files.release(handle)
             raise
         return file.node, handle
+
+    def _check_inodes(self) -> None:
+        """Leaves inodes for the stubs and shadows of files that have to move."""
+        status = os.fstatvfs(self.home.tree_fd)
+        reserve = max(_INODE_RESERVE_MIN, min(_INODE_RESERVE_MAX, status.f_files // 100))
+        if status.f_files and status.f_favail <= reserve:
+            raise OSError(errno.ENOSPC, "no inodes left but the reserve")
 
     def _create_plain(self, parent: Node, name: bytes, mode: int, caller: Caller) -> OpenFile:
         parent_fd = self.nodes.directory_fd(parent)
@@ -235,6 +246,7 @@ class Namespace:
 
     async def mkdir(self, parent: Node, name: bytes, mode: int, caller: Caller) -> Node:
         """A new directory; it inherits set-group-id."""
+        self._check_inodes()
         parent_fd = self.nodes.directory_fd(parent)
         inherited = os.stat(parent_fd).st_mode & stat.S_ISGID
         os.mkdir(name, 0o700, dir_fd=parent_fd)
@@ -244,6 +256,7 @@ class Namespace:
 
     async def mknod(self, parent: Node, name: bytes, mode: int, rdev: int, caller: Caller) -> Node:
         """A fifo, a socket, a device node, or an empty regular file."""
+        self._check_inodes()
         parent_fd = self.nodes.directory_fd(parent)
         os.mknod(name, stat.S_IFMT(mode) | 0o600, rdev, dir_fd=parent_fd)
         self._give_name_to(parent_fd, name, stat.S_IMODE(mode), caller)
@@ -256,6 +269,7 @@ class Namespace:
         """An ordinary symlink; a text that could be taken for a stub's is refused."""
         if layout.looks_like_stub(text):
             raise PermissionError(errno.EPERM, "the text of this symlink is reserved")
+        self._check_inodes()
         parent_fd = self.nodes.directory_fd(parent)
         os.symlink(text, name, dir_fd=parent_fd)
         if self._privileged:
@@ -325,16 +339,21 @@ class Namespace:
             os.unlink(name, dir_fd=parent_fd)  # a refused stub: the name is all there is
             self.damaged.discard(parent.path() + b"/" + name)
             return
-        before, pin = self.attributes(node), self._pin(node, parent_fd, name)
+        before = self.attributes(node)
+        pin = self._pin(node, before, parent_fd, name)
         os.unlink(name, dir_fd=parent_fd)
         self._name_gone(node, parent, name, before, parent_fd, pin)
 
-    def _pin(self, node: Node, parent_fd: int, name: bytes) -> int | None:
+    @staticmethod
+    def _pin(node: Node, before: Attributes, parent_fd: int, name: bytes) -> int | None:
         """Keeps what a name leads to while the name is removed.
 
         Without it the blocks of a large file would be freed here, inline: 0.2 s for 1 GiB.
         """
         if node.file is not None or node.stub is not None or node.is_directory:
+            return None
+        small = before.blocks * 512 <= LONG_FREE
+        if small and before.nlink == 1 and stat.S_ISREG(before.status.st_mode):
             return None
         return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent_fd)
 
@@ -390,18 +409,21 @@ class Namespace:
             node.file.native.nlink = 0
             return  # closing it does the rest
         if node.stub is not None:
-            device.native.add_used(-before.blocks * 512)
             self.upkeep.remove(node.stub)
         elif pin is not None:
             self.upkeep.free(pin, device, before.blocks * 512)
+        else:
+            device.native.add_used(-before.blocks * 512)
 
     def file_closed(self, file: OpenFile) -> None:
         """The last handle of a file is gone: without a name its data goes too."""
         node = file.node
-        if node.gone is not None:
+        if node.gone is None:
+            return
+        if node.stub is not None:
+            self.upkeep.remove(node.stub)
+        else:
             file.device.native.add_used(-file.native.counted_bytes)
-            if node.stub is not None:
-                self.upkeep.remove(node.stub)
 
     async def rename(
         self, old_parent: Node, old: bytes, new_parent: Node, new: bytes, flags: int
@@ -447,8 +469,8 @@ class Namespace:
             target = self.lookup(parent, name)
         except FileNotFoundError:
             return None, None, None
-        pin = self._pin(target, self.nodes.directory_fd(parent), name)
-        return target, self.attributes(target), pin
+        before = self.attributes(target)
+        return target, before, self._pin(target, before, self.nodes.directory_fd(parent), name)
 
     # -- opening and attributes ---------------------------------------------------------------
 

@@ -117,7 +117,7 @@ class ObjectUpkeep:
     def _remove(self, device: Device, stubs: list[Stub]) -> None:
         for stub in stubs:
             try:
-                remove_object(device, stub)
+                device.native.add_used(-remove_object(device, stub))
             except OSError as error:
                 # The shadow stays too: at the next mount both are garbage.
                 _report(device, stub, "cannot remove", error)
@@ -128,26 +128,33 @@ class ObjectUpkeep:
                 continue
 
 
-def remove_object(device: Device, stub: Stub) -> None:
-    """Unlinks an object, and its directory when it was the last one there.  May block."""
+def remove_object(device: Device, stub: Stub) -> int:
+    """Unlinks an object; the bytes that it had allocated.  May block."""
     directory, _, name = stub.object.rpartition(b"/")
     flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
     try:
         fd = _native.open_beneath(device.objects_fd, directory or b".", flags)
         try:
+            allocated = os.stat(name, dir_fd=fd, follow_symlinks=False).st_blocks * 512
             os.unlink(name, dir_fd=fd)
         finally:
             os.close(fd)
-        if directory:
-            os.rmdir(directory, dir_fd=device.objects_fd)
     except FileNotFoundError:
-        return  # a file that never got its object
+        return 0  # a file that never got its object
+    if directory:
+        _remove_empty(device, directory)
+    return allocated
+
+
+def _remove_empty(device: Device, directory: bytes) -> None:
+    try:
+        os.rmdir(directory, dir_fd=device.objects_fd)
     except OSError as error:
         if error.errno not in _NOT_EMPTY:
             raise
 
 
-_NOT_EMPTY = (errno.ENOTEMPTY, errno.EEXIST)
+_NOT_EMPTY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
 
 
 def _report(device: Device, stub: Stub, what: str, error: OSError) -> None:

@@ -14,6 +14,8 @@ from kafkarun.traffic import CheckedProducer, check_topic
 from kafka.logdirs import LogDir, differences, snapshot
 
 RECORD_BYTES = 1024
+# Brokers here start often and never live long enough for the second compiler to pay off.
+JVM = ("-XX:TieredStopAtLevel=1",)
 DIFFERENCES_SHOWN_MAX = 20
 SEGMENT_BYTES = 4 << 20
 # Properties of a broker that looks for things to clean all the time, not every few minutes.
@@ -39,7 +41,7 @@ class Cluster:
     ) -> None:
         self.logdir = logdir
         log_dirs = [logdir.path / name for name in subdirectories] or [logdir.path]
-        self.broker = Broker(distribution, log_dirs, work_dir, properties=properties)
+        self.broker = Broker(distribution, log_dirs, work_dir, properties=properties, jvm=JVM)
         self.payloads = Payloads(seed=20_240_229, size=RECORD_BYTES)
         self.broker.format()
         self.broker.start()

@@ -1,0 +1,1 @@
+"""Benchmarks of a log directory: raw fast device, mergerfs and pafkafs over the same devices."""
