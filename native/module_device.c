@@ -26,7 +26,7 @@ static PyObject *device_new_py(PyTypeObject *type, PyObject *args, PyObject *kwa
 
 static void device_dealloc(DeviceObject *self)
 {
-	PyTypeObject *type = Py_TYPE(self);
+	PyTypeObject *type = Py_TYPE((PyObject *)self);
 	freefunc free_slot = PyType_GetSlot(type, Py_tp_free);
 
 	if (self->dev != NULL)

@@ -23,7 +23,7 @@ static void close_it(FileObject *self)
 
 static void file_dealloc(FileObject *self)
 {
-	PyTypeObject *type = Py_TYPE(self);
+	PyTypeObject *type = Py_TYPE((PyObject *)self);
 	freefunc free_slot = PyType_GetSlot(type, Py_tp_free);
 
 	close_it(self);

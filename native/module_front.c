@@ -28,7 +28,7 @@ static PyObject *front_new_py(PyTypeObject *type, PyObject *args, PyObject *kwar
 
 static void front_dealloc(FrontObject *self)
 {
-	PyTypeObject *type = Py_TYPE(self);
+	PyTypeObject *type = Py_TYPE((PyObject *)self);
 	freefunc free_slot = PyType_GetSlot(type, Py_tp_free);
 
 	/* Requests that hang in a device still point to it. */
