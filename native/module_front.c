@@ -92,7 +92,7 @@ static PyObject *wrap_file(FrontObject *self, uint64_t ino, struct backing *b)
 		file_close(file);
 		return NULL;
 	}
-	Py_INCREF(self);
+	Py_INCREF((PyObject *)self);
 	wrapped->front = (PyObject *)self;
 	wrapped->file = file;
 	return (PyObject *)wrapped;

@@ -6,6 +6,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from filetools import (
     set_mtime_only,
     shared_mount,
 )
-from harness import Mount, wait_until
+from harness import Mount, loop_filesystem, wait_until
 
 PAGE = mmap.PAGESIZE
 TEXT = bytes(range(256)) * 40  # 10,240 bytes: two pages and a half
@@ -439,24 +440,37 @@ def test_inode_number_and_size_stay_when_the_file_spills(shared: Mount, tmp_path
 
 
 def test_new_file_does_not_get_the_inode_number_of_a_spilled_one(
-    shared: Mount, tmp_path: Path
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """The spilled file keeps its number while its old inode on the fast tier is free again."""
-    directory = shared.mountpoint / tmp_path.name
-    directory.mkdir()
-    spilled = directory / "spilled"
-    spilled.touch()
-    with open(spilled, "rb") as file:
-        push_to_slow_tier(spilled, SMALL_FAST_BYTES)
-        numbers = []
-        for number in range(200):
-            new = directory / str(number)
-            new.touch()
-            numbers.append(new.stat().st_ino)
-        assert os.fstat(file.fileno()).st_ino not in numbers
-        assert len(set(numbers)) == 200
-    for path in directory.iterdir():
-        path.unlink()
+    """It keeps its number while ext4, unlike tmpfs, gives that of its old inode away again."""
+    directory = tmp_path_factory.mktemp("reuse")
+    mkfs = ("mkfs.ext4", "-q", "-I", "256")
+    with (
+        loop_filesystem(directory / "image", directory / "fast", "32M", mkfs) as fast,
+        ExitStack() as stack,
+    ):
+        (fast / "lost+found").rmdir()
+        slow, mountpoint = directory / "slow", directory / "mnt"
+        slow.mkdir()
+        mountpoint.mkdir()
+        mount = Mount(fast, slow, mountpoint, ("--fast-capacity", "4MiB"), directory / "log")
+        stack.callback(mount.clean_up)
+        mount.start()
+        spilled = mountpoint / "spilled"
+        spilled.touch()
+        with open(spilled, "rb") as file:
+            push_to_slow_tier(spilled, SMALL_FAST_BYTES)
+            assert is_spilled(mount, spilled)
+            new = [mountpoint / str(number) for number in range(50)]
+            for path in new:
+                path.write_bytes(path.name.encode())
+            numbers = {path.stat().st_ino for path in (*new, spilled)}
+            homes = {path.stat().st_ino for path in mount.tree.iterdir() if path != spilled}
+            assert os.fstat(file.fileno()).st_ino in homes  # it was given away
+            assert len(numbers) == 51
+            assert os.fstat(file.fileno()).st_ino == spilled.stat().st_ino
+            assert file.read() == b""
+        assert [path.read_bytes() for path in new] == [path.name.encode() for path in new]
 
 
 # -- removing -----------------------------------------------------------------------------------
