@@ -6,8 +6,9 @@ For now files move when they have no room to grow where they are: they spill.
 import errno
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import trio
 
@@ -19,6 +20,8 @@ from pafkafs.namespace import Namespace
 from pafkafs.policy import Mode, place_spill
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # A writer waits so long for room that is being freed (a removed segment whose blocks a worker
 # still returns) before its file is moved.
@@ -58,10 +61,10 @@ class Spiller:
             if trio.current_time() - file.starving_since > _EPISODE_S:
                 file.starving_since = trio.current_time()
                 file.devices_tried.clear()
-            file.native.end_starving(await self._find_room(file))
+            await self._find_room(file)
 
-    async def _find_room(self, file: OpenFile) -> int:
-        """0 to try again, or the errno for those who wait.
+    async def _find_room(self, file: OpenFile) -> None:
+        """Lets those who wait try again, here or elsewhere, or fails them.
 
         Each device is tried once in an episode: one that has room by its accounts, and none for
         this request, must not be tried for ever.
@@ -70,22 +73,36 @@ class Spiller:
         if here not in file.devices_tried:
             file.devices_tried.add(here)
             if await _room_came(file.device):
-                return 0
-        return await self._spill(file)
+                file.native.end_starving(0)
+                return
+        if self._may_move(file):
+            await self._spill(file)
+        else:
+            file.native.end_starving(errno.ENOSPC)
 
-    async def _spill(self, file: OpenFile) -> int:
-        if not self._may_move(file):
-            return errno.ENOSPC
-        while (target := self._choose(file)) is not None:
+    async def _spill(self, file: OpenFile) -> None:
+        """Moves the file to the first device that takes it.
+
+        The gate stays closed over all attempts: who waits is told once, of the last.
+        """
+        await file.close_gate()
+        try:
+            if not await self._move_anywhere(file):
+                file.native.end_starving(errno.ENOSPC)
+        finally:
+            file.open_gate()
+
+    async def _move_anywhere(self, file: OpenFile) -> bool:
+        while self._may_move(file) and (target := self._choose(file)) is not None:
             file.devices_tried.add(target.id)
             try:
                 await self._move(file, target)
+                return True
             except OSError as error:
-                target.failed(f"cannot take a file over: {error.strerror}")
+                path = os.fsdecode(file.node.path())
+                log.error("cannot move %s: %s", path, error.strerror)
                 self._count(failed=1)
-                continue
-            return 0
-        return errno.ENOSPC
+        return False
 
     def _may_move(self, file: OpenFile) -> bool:
         """One rename replaces one name: a file with several links stays where it is, and so
@@ -102,38 +119,31 @@ class Spiller:
         return None if chosen is None else devices[chosen]
 
     async def _move(self, file: OpenFile, target: Device) -> None:
-        """Copy, fsync, commit, re-point; reads go on, changes wait.
+        """Copy, fsync, commit, re-point, with the gate closed: reads go on.
 
         **Invariant:** until the rename in _commit the file is what it was, and afterwards the
         copy is durable; whatever fails before it costs only garbage.
         """
         source, old_stub = file.device, file.node.stub
-        await file.close_gate()
-        try:
-            await _open_data(file)
-            status = os.fstat(file.native.attr_fd)
-            stub = layout.make_stub(target.id, target.path, file.node.path())
-            self._namespace.files.object_made(stub.object_id)
-            object_fd = await _in_threads_of(
-                target, _copy_to_object, target, stub, file.native.data_fd, status
-            )
-            shadow_fd = await self._make_shadow(stub, status, target, object_fd)
-            counted = file.native.counted_bytes
-            self._commit(file, target, stub, shadow_fd, object_fd)
+        await _open_data(file)
+        status = os.fstat(file.native.attr_fd)
+        stub = layout.make_stub(target.id, target.path, file.node.path())
+        self._namespace.files.object_made(stub.object_id)
+        object_fd = await _copy(file, target, stub, status)
+        target.native.add_used(os.fstat(object_fd).st_blocks * 512)
+        shadow_fd = await self._make_shadow(stub, status, object_fd)
+        counted = file.native.counted_bytes
+        self._commit(file, target, stub, shadow_fd, object_fd)
+        if old_stub is None:
             source.native.add_used(-counted)
-            target.native.add_used(file.native.counted_bytes)
-            await self._sync_parent(file)
-        finally:
-            file.open_gate()
-        if old_stub is not None:
+        else:
             self._namespace.upkeep.remove(old_stub)
+        await self._sync_parent(file)
         if file.node.stub is not None:
             self._namespace.upkeep.attributes_changed(file.node.stub)
         self._count(files=1, bytes=status.st_size)
 
-    async def _make_shadow(
-        self, stub: Stub, status: os.stat_result, target: Device, object_fd: int
-    ) -> int:
+    async def _make_shadow(self, stub: Stub, status: os.stat_result, object_fd: int) -> int:
         try:
             fd = layout.create_shadow(self._home.shadows_fd, stub, status)
             await trio.to_thread.run_sync(_sync_all, (fd, self._home.shadows_fd))
@@ -208,8 +218,18 @@ async def _open_data(file: OpenFile) -> None:
         await _in_threads_of(file.device, file.native.open_data)
 
 
-async def _in_threads_of(device: Device, act, *arguments):  # type: ignore[no-untyped-def]
-    return await trio.to_thread.run_sync(act, *arguments, limiter=device.limiter)
+async def _in_threads_of(device: Device, act: Callable[[], T]) -> T:
+    return await trio.to_thread.run_sync(act, limiter=device.limiter)
+
+
+async def _copy(file: OpenFile, target: Device, stub: Stub, status: os.stat_result) -> int:
+    """A copy of the file's data on target; when it fails, target is to blame."""
+    from_fd = file.native.data_fd
+    try:
+        return await _in_threads_of(target, lambda: _copy_to_object(target, stub, from_fd, status))
+    except OSError as error:
+        target.failed(f"cannot take a file over: {error.strerror}")
+        raise
 
 
 def _copy_to_object(device: Device, stub: Stub, from_fd: int, status: os.stat_result) -> int:

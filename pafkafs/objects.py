@@ -31,6 +31,7 @@ class ObjectUpkeep:
         self._attributes: dict[str, Stub] = {}
         self._pins: list[tuple[int, Device, int]] = []
         self._wake = trio.Event()
+        self._wake_free = trio.Event()
         self.kept: set[str] = set()  # ids of objects with several stubs: never removed
 
     def stub_removed(self, parent_fd: int) -> None:
@@ -48,7 +49,7 @@ class ObjectUpkeep:
     def free(self, pin: int, device: Device, count: int) -> None:
         """Closes the last descriptor of a removed file of count allocated bytes, in a thread."""
         self._pins.append((pin, device, count))
-        self._wake.set()
+        self._wake_free.set()
 
     def attributes_changed(self, stub: Stub) -> None:
         """The object is to get the mode, owner and times of its shadow."""
@@ -57,10 +58,20 @@ class ObjectUpkeep:
 
     async def run(self) -> None:
         """Does the work as it comes; never returns."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._run_frees)
+            while True:
+                await self._wake.wait()
+                await trio.sleep(_BATCH_S)
+                await self.flush()
+
+    async def _run_frees(self) -> None:
+        """Apart from the rest: room on the fast tier does not wait for a slow device."""
         while True:
-            await self._wake.wait()
-            await trio.sleep(_BATCH_S)
-            await self.flush()
+            await self._wake_free.wait()
+            self._wake_free = trio.Event()
+            pins, self._pins = self._pins, []
+            await trio.to_thread.run_sync(_free, pins)
 
     async def flush(self) -> None:
         """Does what is to be done now, as far as the devices answer."""
@@ -68,8 +79,6 @@ class ObjectUpkeep:
         removals, self._removals = self._removals, []
         attributes, self._attributes = self._attributes, {}
         unsynced, self._unsynced = self._unsynced, {}
-        pins, self._pins = self._pins, []
-        await trio.to_thread.run_sync(_free, pins)
         try:
             await self._each_device(list(attributes.values()), self._copy_attributes)
             # **Invariant:** an object is not removed before the removal of its stub is durable.

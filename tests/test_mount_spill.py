@@ -684,6 +684,14 @@ def test_second_link_during_a_spill_is_not_called_a_fault_of_the_device(
     assert spilling.mount.status()["problems"] == []
 
 
+def test_room_is_counted_right_after_a_move_that_failed(spilling: Spilling) -> None:
+    os.link(spilling.path, spilling.directory / "other")
+    with suppress(OSError):
+        spilling.finish()
+    wait_until(lambda: not spilling.mount.objects, "the removal of the copy")
+    assert free_bytes(spilling.mount) <= SLOW_MIB * MIB  # the fast tier is full
+
+
 def test_file_is_truncated_while_it_spills(spilling: Spilling) -> None:
     truncating = Background(lambda: os.truncate(spilling.path, 1000))
     spilling.finish()

@@ -25,8 +25,14 @@ CLUSTER_ID = "cGFma2Fmcy1rYWZrYS0wMQ"
 
 # With the line below it if that is an exception's and not the log's next entry.
 _ERROR = re.compile(r"^\[[^]]*\] (?:ERROR|FATAL) .*(?:\n(?!\[).+)?", re.MULTILINE)
-# A node that has just elected itself may turn down its own registration, and then repeats it.
-_HARMLESS = "NotControllerException: The active controller appears to be node 1."
+# Errors that a healthy broker logs in races of its own, on any filesystem, and recovers from.
+_HARMLESS = (
+    # It has just elected itself, turns down its own registration and then repeats it.
+    "NotControllerException: The active controller appears to be node 1.",
+    # A replica that moves was promoted before the answer to its assignment came (Kafka 4.1).
+    "NullPointerException: Cannot invoke "
+    '"kafka.server.ReplicaAlterLogDirsThread$PromotionState.withAssignment',
+)
 _EXITS_AFTER_SIGTERM = (0, 143)
 _LOG4J2 = """\
 status = error
@@ -157,7 +163,7 @@ class Broker:
         if not self.log_file.exists():
             return []
         found = _ERROR.findall(self.log_file.read_text(errors="replace"))
-        return [error for error in found if not error.endswith(_HARMLESS)]
+        return [error for error in found if not any(known in error for known in _HARMLESS)]
 
     def close(self) -> None:
         """Leave nothing behind: neither the process nor the ports."""
