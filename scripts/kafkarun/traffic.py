@@ -54,6 +54,11 @@ class CheckedProducer:
         defaults: dict[str, Setting] = {"acks": "all", "enable_idempotence": True, "linger_ms": 5}
         self.client = Producer(client_config(bootstrap, **(defaults | settings)))
 
+    @property
+    def sent(self) -> int:
+        """Records handed to the client so far, whatever has become of them."""
+        return sum(self._next_seq)
+
     def send(self, count: int, keys: int | None = None) -> None:
         """Hand `count` records to the client, waiting whenever its queue is full.
 

@@ -74,9 +74,9 @@ class Cluster:
 
     def expect_exactly(self, topic: str, producer: CheckedProducer) -> None:
         """Fail unless the topic holds every acked record once, and nothing else."""
-        assert producer.failed == 0
         report = self.check(topic, producer)
         assert report.intact, report
+        assert producer.failed == 0, f"{producer.failed} records were not accepted; {report}"
         assert report.unacked == 0, report
 
     def restart(self) -> None:

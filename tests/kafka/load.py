@@ -67,13 +67,19 @@ class BackgroundLoad(_Beside):
         if kind is None:
             self._producer.flush()
 
-    def wait_for_acks(self, more: int, within_s: float = 60) -> None:
+    def wait_for_acks(self, more: int) -> None:
         """Return when `more` records than now have been acknowledged."""
-        wanted = len(self._producer.ledger) + more
+        self._wait_for_total(len(self._producer.ledger) + more)
+
+    def catch_up(self) -> None:
+        """Return when everything sent until now has been acknowledged, in every partition."""
+        self._wait_for_total(self._producer.sent)
+
+    def _wait_for_total(self, acks: int) -> None:
         wait_until(
-            lambda: len(self._producer.ledger) >= wanted or self._failure is not None,
-            within_s=within_s,
-            what=f"{more} more acks",
+            lambda: len(self._producer.ledger) >= acks or self._failure is not None,
+            within_s=60,
+            what=f"{acks} acks",
         )
 
     def tick(self) -> None:
