@@ -1,0 +1,81 @@
+"""Many callers at once, callers that are killed, and a mount that is torn away under them."""
+
+import os
+import subprocess
+import threading
+from pathlib import Path
+
+from conftest import MakeMount
+from harness import Mount, is_mounted, is_running, wait_until
+
+CALLERS = 1000
+
+
+def descriptors(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def test_a_thousand_callers_at_once_are_all_answered_and_nothing_leaks(mount: Mount) -> None:
+    pid = mount.pid
+    (mount.mountpoint / "first").write_bytes(b"x")
+    before = descriptors(pid)
+    together = threading.Barrier(CALLERS)
+    failed: list[BaseException] = []
+
+    def call(number: int) -> None:
+        path = mount.mountpoint / str(number)
+        data = number.to_bytes(4, "little") * 2048
+        try:
+            together.wait(60)
+            with open(path, "w+b", buffering=0) as stream:
+                stream.write(data)
+                os.fsync(stream.fileno())
+                assert os.fstat(stream.fileno()).st_size == len(data)
+                assert os.pread(stream.fileno(), len(data), 0) == data
+            path.rename(path.with_suffix(".renamed"))
+            path.with_suffix(".renamed").unlink()
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(CALLERS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not failed
+    assert os.listdir(mount.mountpoint) == ["first"]
+    wait_until(lambda: descriptors(pid) <= before + 2, "the descriptors to be closed")
+    wait_until(lambda: mount.device("fast")["used_bytes"] == 4096, "the room to come back")
+
+
+def test_callers_killed_at_any_moment_leave_the_mount_at_work(mount: Mount) -> None:
+    pid = mount.pid
+    before = descriptors(pid)
+    script = "cd {}; while :; do echo x >> $$; mv $$ $$.b; cat $$.b > $$; rm $$.b; ls > $$.l; done"
+    for _ in range(20):
+        callers = [
+            subprocess.Popen(["sh", "-c", script.format(mount.mountpoint)], start_new_session=True)
+            for _ in range(4)
+        ]
+        wait_until(lambda: os.listdir(mount.mountpoint), "some work")
+        for caller in callers:
+            os.killpg(caller.pid, 9)
+            caller.wait()
+        for name in os.listdir(mount.mountpoint):
+            (mount.mountpoint / name).unlink()
+    (mount.mountpoint / "after").write_bytes(b"fine")
+    assert (mount.mountpoint / "after").read_bytes() == b"fine"
+    wait_until(lambda: descriptors(pid) <= before + 4, "the descriptors to be closed")
+
+
+def test_forced_unmount_ends_the_daemon_and_loses_nothing(make_mount: MakeMount) -> None:
+    mount = make_mount().start()
+    pid = mount.pid
+    path: Path = mount.mountpoint / "file"
+    with open(path, "wb", buffering=0) as stream:
+        stream.write(b"written")
+        subprocess.run(["umount", "-f", "-l", str(mount.mountpoint)], check=True)
+        wait_until(lambda: not is_running(pid), "the daemon's end")
+    assert not is_mounted(mount.mountpoint)
+    mount.start()
+    assert path.read_bytes() == b"written"
