@@ -7,6 +7,7 @@ One line of JSON asks, one line answers: {"command": "status"} -> {"ok": true, "
 import errno
 import hashlib
 import json
+import logging
 import os
 import socket
 import stat
@@ -18,6 +19,8 @@ from typing import Any
 import trio
 
 from pafkafs.errors import PafkafsError
+
+log = logging.getLogger(__name__)
 
 REQUEST_BYTES_MAX = 4096
 ANSWER_BYTES_MAX = 16 << 20
@@ -88,6 +91,8 @@ async def serve(server: socket.socket, commands: Commands) -> None:
                 await _converse(stream, commands)
         except trio.BrokenResourceError:
             return  # the client went away
+        except Exception:
+            log.exception("a control request failed")  # a bug, but no reason to stop serving
         finally:
             places.release()
             with trio.CancelScope(shield=True):

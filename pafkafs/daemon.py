@@ -225,14 +225,21 @@ class Mount:
 
     async def _collect_garbage(self) -> None:
         """Once, after all objects were compared; what is made meanwhile is no candidate."""
-        opened = self._files.opened_objects
-        assert opened is not None
-        garbage.collect_shadows(self.home, set(self._scan.stubs) | opened, self._old_shadows)
-        for device in self.devices:
-            await self._reconciler.done[device.id].wait()
-            for ino in self._reconciler.changed_nodes:
-                pyfuse3.invalidate_inode(ino, attr_only=True)
-            self._reconciler.changed_nodes.clear()
+        try:
+            garbage.collect_shadows(self.home, self._referenced(), self._old_shadows)
+        except OSError as error:
+            self.devices[0].failed(f"cannot remove shadows without a stub: {error.strerror}")
+        async with trio.open_nursery() as nursery:
+            for device in self.devices:
+                nursery.start_soon(self._collect_garbage_on, device)
+        self._files.opened_objects = None
+
+    async def _collect_garbage_on(self, device: Device) -> None:
+        await self._reconciler.done[device.id].wait()
+        for ino in self._reconciler.changed_nodes:
+            pyfuse3.invalidate_inode(ino, attr_only=True)
+        self._reconciler.changed_nodes.clear()
+        try:
             report = await trio.to_thread.run_sync(
                 garbage.collect,
                 device,
@@ -240,8 +247,10 @@ class Mount:
                 limiter=device.limiter,
                 abandon_on_cancel=True,
             )
-            device.suspicious_objects = report.unreferenced if report.suspicious else 0
-        self._files.opened_objects = None
+        except OSError as error:
+            device.failed(f"cannot put objects without a stub aside: {error.strerror}")
+            return
+        device.suspicious_objects = report.unreferenced if report.suspicious else 0
 
     def _referenced(self) -> set[str]:
         return set(self._scan.stubs) | (self._files.opened_objects or set())

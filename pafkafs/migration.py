@@ -61,7 +61,11 @@ class Spiller:
             if trio.current_time() - file.starving_since > _EPISODE_S:
                 file.starving_since = trio.current_time()
                 file.devices_tried.clear()
-            await self._find_room(file)
+            try:
+                await self._find_room(file)
+            except OSError as error:
+                log.error("%s: %s", os.fsdecode(file.node.path()), error.strerror)
+                file.native.end_starving(error.errno or errno.EIO)
 
     async def _find_room(self, file: OpenFile) -> None:
         """Lets those who wait try again, here or elsewhere, or fails them.

@@ -321,3 +321,21 @@ def test_many_objects_without_stubs_are_left_alone_and_reported(make_mount: Make
     wait_until(lambda: mount.status()["problems"], "the report")
     assert "80 objects" in mount.status()["problems"][0]["problem"]
     assert len(mount.objects) == 100
+
+
+def test_garbage_that_cannot_be_put_aside_is_reported_and_the_mount_serves(
+    make_mount: MakeMount,
+) -> None:
+    mount, path = make_slow_file(make_mount)
+    (mount.tree / "file").unlink()
+    stuck = str(mount.objects[0])
+    subprocess.run(["mount", "--bind", stuck, stuck], check=True)  # renaming it is EBUSY
+    try:
+        mount.start()
+        problem = wait_until(lambda: mount.status()["problems"], "the report")[0]["problem"]
+        assert "aside" in problem
+        path.write_bytes(DATA)
+        assert path.read_bytes() == DATA
+        mount.stop()
+    finally:
+        subprocess.run(["umount", stuck], check=True)
