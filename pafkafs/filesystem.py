@@ -13,8 +13,9 @@ from typing import Any, ParamSpec, TypeVar
 import pyfuse3
 import trio
 
+from pafkafs.attributes import Changes
 from pafkafs.device import Device
-from pafkafs.namespace import Caller, Changes, Namespace
+from pafkafs.namespace import Caller, Namespace
 from pafkafs.nodes import Attributes, Node
 
 log = logging.getLogger(__name__)

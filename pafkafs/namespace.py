@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import trio
 
 from pafkafs import _native, kafka, layout
+from pafkafs.attributes import Changes, apply_changes, changed_times, with_changes
 from pafkafs.device import Device, Home
 from pafkafs.files import LONG_FREE, OpenFile, OpenFiles, open_data, open_shadow
 from pafkafs.layout import Stub
@@ -34,18 +35,6 @@ class Caller:
 
     uid: int
     gid: int
-
-
-@dataclass(frozen=True)
-class Changes:
-    """What a setattr sets; None leaves it.  Times are ns since the epoch."""
-
-    size: int | None = None
-    mode: int | None = None
-    uid: int | None = None
-    gid: int | None = None
-    atime_ns: int | None = None
-    mtime_ns: int | None = None
 
 
 class Namespace:
@@ -287,7 +276,7 @@ class Namespace:
                 group = self._group_for(parent_fd, caller)
                 changes = Changes(mode=mode, uid=caller.uid, gid=group)
             if not stat.S_ISLNK(os.fstat(fd).st_mode):
-                _set_attributes(f"/proc/self/fd/{fd}", changes)
+                apply_changes(f"/proc/self/fd/{fd}", changes)
         finally:
             os.close(fd)
 
@@ -525,14 +514,14 @@ class Namespace:
 
     def _set_on_fd(self, node: Node, changes: Changes) -> None:
         if node.file is not None:
-            _set_attributes(f"/proc/self/fd/{node.file.native.attr_fd}", changes)
+            apply_changes(f"/proc/self/fd/{node.file.native.attr_fd}", changes)
             return
         flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
         if node.is_directory:
             fd = os.dup(self.nodes.directory_fd(node))
         elif node.gone is not None:
             # Its inode is being freed; only who holds an O_PATH descriptor can still ask.
-            node.gone = _with_changes(node.gone, changes)
+            node.gone = with_changes(node.gone, changes)
             return
         elif node.stub is not None:
             fd = os.open(node.stub.shadow, flags, dir_fd=self.home.shadows_fd)
@@ -545,7 +534,7 @@ class Namespace:
             if stat.S_ISLNK(os.fstat(fd).st_mode):
                 self._set_on_symlink(node, changes)
             else:
-                _set_attributes(f"/proc/self/fd/{fd}", changes)
+                apply_changes(f"/proc/self/fd/{fd}", changes)
         finally:
             os.close(fd)
 
@@ -556,56 +545,9 @@ class Namespace:
             uid = -1 if changes.uid is None else changes.uid
             gid = -1 if changes.gid is None else changes.gid
             os.chown(name, uid, gid, dir_fd=parent_fd, follow_symlinks=False)
-        times = _times(os.stat(name, dir_fd=parent_fd, follow_symlinks=False), changes)
+        times = changed_times(os.stat(name, dir_fd=parent_fd, follow_symlinks=False), changes)
         if times is not None:
             os.utime(name, ns=times, dir_fd=parent_fd, follow_symlinks=False)
-
-
-def _set_attributes(path: str, changes: Changes) -> None:
-    """On a /proc/self/fd path: the one way that serves O_PATH descriptors too."""
-    if changes.uid is not None or changes.gid is not None:
-        uid = -1 if changes.uid is None else changes.uid
-        os.chown(path, uid, -1 if changes.gid is None else changes.gid)
-    if changes.mode is not None:
-        os.chmod(path, stat.S_IMODE(changes.mode))  # after chown, which clears suid
-    times = _times(os.stat(path), changes)
-    if times is not None:
-        os.utime(path, ns=times)
-
-
-def _times(now: os.stat_result, changes: Changes) -> tuple[int, int] | None:
-    if changes.atime_ns is None and changes.mtime_ns is None:
-        return None
-    return (
-        now.st_atime_ns if changes.atime_ns is None else changes.atime_ns,
-        now.st_mtime_ns if changes.mtime_ns is None else changes.mtime_ns,
-    )
-
-
-def _with_changes(status: os.stat_result, changes: Changes) -> os.stat_result:
-    values = list(status)
-    extra = {name: getattr(status, name) for name in _EXTRA_FIELDS}
-    if changes.mode is not None:
-        values[stat.ST_MODE] = stat.S_IFMT(status.st_mode) | stat.S_IMODE(changes.mode)
-    for index, value in ((stat.ST_UID, changes.uid), (stat.ST_GID, changes.gid)):
-        values[index] = values[index] if value is None else value
-    for name, time_ns in (("atime", changes.atime_ns), ("mtime", changes.mtime_ns)):
-        if time_ns is not None:
-            extra[f"st_{name}_ns"] = time_ns
-    return os.stat_result(values, extra)
-
-
-_EXTRA_FIELDS = (
-    "st_atime",
-    "st_mtime",
-    "st_ctime",
-    "st_atime_ns",
-    "st_mtime_ns",
-    "st_ctime_ns",
-    "st_blksize",
-    "st_blocks",
-    "st_rdev",
-)
 
 
 def _sync_all(fds: Iterable[int]) -> None:

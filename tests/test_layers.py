@@ -20,7 +20,7 @@ LAYERS = [
     {"nodes"},
     {"device"},
     {"deviceset"},
-    {"layout", "config"},
+    {"layout", "config", "attributes"},
     {"policy", "kafka", "units"},
     {"errors", "_native"},
 ]

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from threading import Event, Thread
 from types import TracebackType
@@ -11,6 +12,7 @@ from kafkarun.polling import wait_until
 from kafkarun.traffic import CheckedProducer
 
 _TICK_S = 0.02
+BACKLOG_MAX_S = 60
 
 
 class _Beside:
@@ -55,6 +57,7 @@ class BackgroundLoad(_Beside):
     def __init__(self, producer: CheckedProducer, records_per_s: int) -> None:
         super().__init__()
         self._producer = producer
+        self._records_per_s = records_per_s
         self._per_tick = max(1, round(records_per_s * _TICK_S))
 
     def __exit__(
@@ -69,18 +72,20 @@ class BackgroundLoad(_Beside):
 
     def wait_for_acks(self, more: int) -> None:
         """Return when `more` records than now have been acknowledged."""
-        self._wait_for_total(len(self._producer.ledger) + more)
+        wanted = len(self._producer.ledger) + more
+        self._wait(lambda: len(self._producer.ledger) >= wanted, f"{more} acks")
 
     def catch_up(self) -> None:
-        """Return when everything sent until now has been acknowledged, in every partition."""
-        self._wait_for_total(self._producer.sent)
+        """Return when no more than a second's records wait for their acks."""
+        self._wait(lambda: self._backlog() <= self._records_per_s, "acks of the backlog")
 
-    def _wait_for_total(self, acks: int) -> None:
+    def _wait(self, condition: Callable[[], bool], what: str) -> None:
         wait_until(
-            lambda: len(self._producer.ledger) >= acks or self._failure is not None,
-            within_s=60,
-            what=f"{acks} acks",
+            lambda: condition() or self._failure is not None, within_s=BACKLOG_MAX_S, what=what
         )
+
+    def _backlog(self) -> int:
+        return self._producer.sent - len(self._producer.ledger)
 
     def tick(self) -> None:
         self._producer.send(self._per_tick)
