@@ -47,7 +47,6 @@ class Mount:
     def __init__(self, options: MountOptions) -> None:
         self.options = options
         self._started = time.monotonic()
-        self._stopping = trio.Event()
         mountpoint.check(options.mountpoint, options.fast + options.slow)
         self.devices, self.home, paths, self.durability = _within_patience(
             lambda: _open_devices(options)
@@ -178,9 +177,7 @@ class Mount:
             for kind, ino, value in self._front.take_events():
                 if kind == _native.EVENT_READY:
                     self._became_ready(on_ready)
-                elif kind == _native.EVENT_ENDED:
-                    self._stopping.set()
-                else:
+                elif kind != _native.EVENT_ENDED:  # the session sees the end by itself
                     self._file_event(kind, ino, value)
 
     def _became_ready(self, on_ready: Callable[[], None]) -> None:

@@ -15,7 +15,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from pafkafs import _native
@@ -163,6 +163,12 @@ def replace_with_stub(
     except OSError:
         os.unlink(stub.shadow, dir_fd=tmp_fd)
         raise
+
+
+def sync_all(fds: Iterable[int]) -> None:
+    """fsync of each, in this order.  May block."""
+    for fd in fds:
+        os.fsync(fd)
 
 
 def sync_object_directories(objects_fd: int, object_path: bytes) -> None:

@@ -150,7 +150,7 @@ class Spiller:
     async def _make_shadow(self, stub: Stub, status: os.stat_result, object_fd: int) -> int:
         try:
             fd = layout.create_shadow(self._home.shadows_fd, stub, status)
-            await trio.to_thread.run_sync(_sync_all, (fd, self._home.shadows_fd))
+            await trio.to_thread.run_sync(layout.sync_all, (fd, self._home.shadows_fd))
         except OSError:
             os.close(object_fd)
             self._namespace.upkeep.remove(stub)
@@ -253,8 +253,3 @@ def _copy_to_object(device: Device, stub: Stub, from_fd: int, status: os.stat_re
         os.unlink(stub.object, dir_fd=device.objects_fd)
         raise
     return fd
-
-
-def _sync_all(fds: tuple[int, ...]) -> None:
-    for fd in fds:
-        os.fsync(fd)

@@ -310,7 +310,7 @@ class Namespace:
         flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
         fd = os.open(".", flags, dir_fd=self.nodes.directory_fd(node))
         try:
-            await trio.to_thread.run_sync(_sync_all, (self.home.shadows_fd, fd))
+            await trio.to_thread.run_sync(layout.sync_all, (self.home.shadows_fd, fd))
         finally:
             os.close(fd)
 
@@ -548,8 +548,3 @@ class Namespace:
         times = changed_times(os.stat(name, dir_fd=parent_fd, follow_symlinks=False), changes)
         if times is not None:
             os.utime(name, ns=times, dir_fd=parent_fd, follow_symlinks=False)
-
-
-def _sync_all(fds: Iterable[int]) -> None:
-    for fd in fds:
-        os.fsync(fd)

@@ -12,7 +12,7 @@ import trio
 
 from pafkafs import _native
 from pafkafs.device import Device, Home
-from pafkafs.layout import Stub, copy_attributes
+from pafkafs.layout import Stub, copy_attributes, sync_all
 
 log = logging.getLogger(__name__)
 
@@ -172,8 +172,7 @@ def _report(device: Device, stub: Stub, what: str, error: OSError) -> None:
 
 def _sync_and_close(fds: list[int]) -> None:
     try:
-        for fd in fds:
-            os.fsync(fd)
+        sync_all(fds)
     finally:
         for fd in fds:
             os.close(fd)
