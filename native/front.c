@@ -34,6 +34,8 @@ enum {
 	 * together, lets a few hung reads stop every other read-ahead. */
 	MAX_BACKGROUND = 4096,
 	CONGESTION_THRESHOLD = 3072,
+	/* FUSE_DIRECT_IO_ALLOW_MMAP of Linux 6.6, newer than some headers. */
+	FLAGS2_DIRECT_IO_ALLOW_MMAP = 1 << (36 - 32),
 };
 
 /* Only to end a blocking read() of /dev/fuse with EINTR. */
@@ -144,6 +146,15 @@ static void forward_forgets(struct front *f, const struct fuse_in_header *in)
 	}
 }
 
+/* What this kernel can do that older ones cannot. */
+static void note_offers(struct front *f, const struct fuse_in_header *in)
+{
+	const struct fuse_init_in *arg = (const void *)(in + 1);
+
+	if (in->len >= sizeof(*in) + sizeof(*arg) && arg->flags & FUSE_INIT_EXT)
+		atomic_store(&f->mapped_direct_io, arg->flags2 & FLAGS2_DIRECT_IO_ALLOW_MMAP);
+}
+
 static void forward(struct front *f, struct fuse_in_header *in)
 {
 	struct fuse_read_in *read_arg = (void *)(in + 1);
@@ -154,6 +165,7 @@ static void forward(struct front *f, struct fuse_in_header *in)
 		forward_forgets(f, in);
 		return;
 	case FUSE_INIT:
+		note_offers(f, in);
 		atomic_store(&f->init_unique, in->unique);
 		break;
 	case FUSE_READDIR:
@@ -211,7 +223,7 @@ static void *read_requests(void *arg)
 }
 
 /* What libfuse would negotiate, with the changes that Kafka needs. */
-static void edit_init(struct fuse_init_out *init)
+static void edit_init(struct front *f, struct fuse_init_out *init)
 {
 	/* The daemon is the only writer: a new mtime must not drop the page
 	 * cache under the consumers. */
@@ -220,6 +232,10 @@ static void edit_init(struct fuse_init_out *init)
 	 * there is one way to handle. */
 	init->flags &= ~(uint32_t)(FUSE_ATOMIC_O_TRUNC | FUSE_HANDLE_KILLPRIV);
 	init->flags |= FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_PARALLEL_DIROPS | FUSE_MAX_PAGES;
+	if (atomic_load(&f->mapped_direct_io)) {
+		init->flags |= FUSE_INIT_EXT;
+		init->flags2 |= FLAGS2_DIRECT_IO_ALLOW_MMAP;
+	}
 	init->max_background = MAX_BACKGROUND;
 	init->congestion_threshold = CONGESTION_THRESHOLD;
 	init->max_write = IO_BYTES_MAX;
@@ -234,7 +250,7 @@ static void pass_reply(struct front *f, char *packet, size_t len)
 	struct fuse_init_out *init = (struct fuse_init_out *)(out + 1);
 
 	if (is_init && out->error == 0 && len >= sizeof(*out) + sizeof(*init))
-		edit_init(init);
+		edit_init(f, init);
 	(void)!write(f->fuse_fd, packet, len);
 	if (is_init) {
 		atomic_store(&f->init_unique, 0);

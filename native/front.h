@@ -46,6 +46,7 @@ struct front {
 	_Atomic bool stopping;
 	_Atomic unsigned readers_alive;
 	_Atomic uint64_t init_unique;
+	_Atomic bool mapped_direct_io; /* files open for direct I/O can be mapped, too */
 
 	pthread_mutex_t send_lock; /* packets that the socketpair had no room for */
 	struct packet *unsent, **unsent_tail;

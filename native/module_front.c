@@ -146,6 +146,12 @@ static PyObject *get_forwarded(FrontObject *self, void *closure)
 	return PyLong_FromUnsignedLongLong(atomic_load(&self->front->forwarded));
 }
 
+static PyObject *get_mapped_direct_io(FrontObject *self, void *closure)
+{
+	(void)closure;
+	return PyBool_FromLong(atomic_load(&self->front->mapped_direct_io));
+}
+
 static PyObject *get_ended(FrontObject *self, void *closure)
 {
 	(void)closure;
@@ -168,6 +174,7 @@ static PyGetSetDef members[] = {
 	{"answered", (getter)get_answered, NULL, NULL, NULL},
 	{"forwarded", (getter)get_forwarded, NULL, NULL, NULL},
 	{"ended", (getter)get_ended, NULL, NULL, NULL},
+	{"mapped_direct_io", (getter)get_mapped_direct_io, NULL, NULL, NULL},
 	{NULL, NULL, NULL, NULL, NULL},
 };
 

@@ -115,6 +115,11 @@ class OpenFiles:
     def __len__(self) -> int:
         return len(self._handles)
 
+    @property
+    def may_bypass_cache(self) -> bool:
+        """Whether a file that is open for direct I/O can still be mapped."""
+        return self._front.mapped_direct_io
+
     def all(self) -> list[OpenFile]:
         """Every open file once."""
         return list({id(file): file for file in self._handles.values()}.values())

@@ -185,13 +185,22 @@ class Filesystem(pyfuse3.Operations):
                 raise
             node = self._namespace.lookup(parent, name)
             handle = self._namespace.open(node, writable=True)
-        return pyfuse3.FileInfo(fh=handle, keep_cache=True), self._entry(node)
+        return self._opened(node, handle, writable=True), self._entry(node)
 
     @_kernel_errors
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         writable = flags & os.O_ACCMODE != os.O_RDONLY
-        handle = self._namespace.open(self._node(inode), writable=writable)
-        return pyfuse3.FileInfo(fh=handle, keep_cache=True)
+        node = self._node(inode)
+        handle = self._namespace.open(node, writable=writable)
+        return self._opened(node, handle, writable=writable)
+
+    def _opened(self, node: Node, handle: int, *, writable: bool) -> pyfuse3.FileInfo:
+        """Through the page cache, a batch that ends within a page takes two WRITEs, and a READ of
+        that page later: who writes segments bypasses it.  sendfile still reads from the cache.
+        """
+        direct = writable and self._namespace.is_bulk_data(node)
+        direct = direct and self._namespace.files.may_bypass_cache
+        return pyfuse3.FileInfo(fh=handle, keep_cache=True, direct_io=direct)
 
     @_kernel_errors
     async def release(self, fh: int) -> None:

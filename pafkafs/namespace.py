@@ -165,9 +165,7 @@ class Namespace:
     ) -> tuple[Node, int]:
         """A new regular file on the device that placement chooses, and a handle of it."""
         self._check_inodes()
-        partition = parent.names[0][1] if parent.names else b""
-        bulk = kafka.is_bulk_data(os.fsdecode(partition), os.fsdecode(name))
-        device = self._place(bulk)
+        device = self._place(_is_bulk_name(parent, name))
         if device is self._home_device:
             file = self._create_plain(parent, name, mode, caller)
         else:
@@ -463,6 +461,11 @@ class Namespace:
 
     # -- opening and attributes ---------------------------------------------------------------
 
+    @staticmethod
+    def is_bulk_data(node: Node) -> bool:
+        """Whether a file is a segment of a topic, by its name."""
+        return bool(node.names) and _is_bulk_name(*node.names[0])
+
     def open(self, node: Node, *, writable: bool) -> int:
         """A new handle of a file.  Touches no slow device."""
         return self.files.add_handle(self._opened(node, writable=writable))
@@ -548,3 +551,8 @@ class Namespace:
         times = changed_times(os.stat(name, dir_fd=parent_fd, follow_symlinks=False), changes)
         if times is not None:
             os.utime(name, ns=times, dir_fd=parent_fd, follow_symlinks=False)
+
+
+def _is_bulk_name(parent: Node, name: bytes) -> bool:
+    directory = parent.names[0][1] if parent.names else b""
+    return kafka.is_bulk_data(os.fsdecode(directory), os.fsdecode(name))
