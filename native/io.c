@@ -28,10 +28,11 @@ struct io {
 	struct backing *b;
 };
 
-/* An operation answers its request, or passes it on. */
+/* An operation answers its request, passes it on, or leaves it to the session. */
 enum io_result {
 	IO_DONE,     /* answered */
 	IO_PASSED,   /* parked, or given to a worker: no longer ours */
+	IO_DECLINED, /* for the session after all */
 };
 
 static enum io_result answer(struct io *io, int error, const void *data, size_t len)
@@ -313,6 +314,60 @@ static enum io_result getattr(struct io *io)
 	return answer(io, 0, &out, sizeof(out));
 }
 
+static int truncate_backing(struct file *file, struct backing *b, int64_t size)
+{
+	int err = object_open(file, b);
+
+	if (err == 0 && ftruncate(atomic_load(&b->data_fd), size) != 0)
+		err = -errno;
+	/* The object first: after a crash in between it wins. */
+	if (err == 0 && b->shadow_fd >= 0 && ftruncate(b->shadow_fd, size) != 0)
+		err = -errno;
+	if (err == 0) {
+		file_mark_changed(file);
+		file_settle(file, b, 0);
+	}
+	return err;
+}
+
+/* Freeing more than this takes its time. */
+enum { LONG_FREE_BYTES = 16 << 20 };
+
+/* A truncation for which the session has nothing to decide: of a plain file
+ * with the gate open, and without so much to free that it takes its time. */
+static int truncate_here(struct io *io, int64_t size)
+{
+	int err = -EAGAIN;
+
+	if (!file_enter(io->file, NULL))
+		return err;
+	struct backing *now = file_backing(io->file);
+	struct stat st;
+	int fd = atomic_load(&now->data_fd);
+	if (now->shadow_fd < 0 && !now->dev->slow && fstat(fd, &st) == 0 &&
+	    (int64_t)st.st_blocks * 512 <= LONG_FREE_BYTES)
+		err = truncate_backing(io->file, now, size);
+	backing_unref(now);
+	file_leave(io->file);
+	return err;
+}
+
+enum {
+	SETATTR_SIZE_ONLY = FATTR_SIZE | FATTR_FH | FATTR_LOCKOWNER | FATTR_MTIME |
+			    FATTR_MTIME_NOW,
+};
+
+static enum io_result setattr(struct io *io)
+{
+	const struct fuse_setattr_in *arg = io->arg;
+	bool size_only = arg->valid & FATTR_SIZE && !(arg->valid & ~(uint32_t)SETATTR_SIZE_ONLY) &&
+			 (!(arg->valid & FATTR_MTIME) || arg->valid & FATTR_MTIME_NOW);
+
+	if (!size_only || truncate_here(io, (int64_t)arg->size) != 0)
+		return IO_DECLINED;
+	return getattr(io);
+}
+
 enum { FALLOCATE_MODES = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE };
 
 static int fallocate_backing(struct io *io, const struct fuse_fallocate_in *arg)
@@ -426,6 +481,7 @@ static operation *operation_of(uint32_t opcode)
 	case FUSE_FSYNC: return fsync_;
 	case FUSE_FLUSH: return flush;
 	case FUSE_GETATTR: return getattr;
+	case FUSE_SETATTR: return setattr;
 	case FUSE_FALLOCATE: return fallocate_;
 	case FUSE_LSEEK: return lseek_;
 	case FUSE_COPY_FILE_RANGE: return copy_file_range_;
@@ -463,10 +519,11 @@ bool io_dispatch(struct front *f, const struct fuse_in_header *in, char *scratch
 	if (file == NULL)
 		return false;
 	struct io io = {.f = f, .file = file, .in = in, .scratch = scratch};
-	if (run(&io) == IO_DONE && io.r != NULL)
+	enum io_result result = run(&io);
+	if (result == IO_DONE && io.r != NULL)
 		request_free(io.r);
 	file_unref(file);
-	return true;
+	return result != IO_DECLINED;
 }
 
 void io_resubmit(struct request *r)
@@ -489,16 +546,7 @@ int io_truncate(struct file *file, int64_t size)
 	if (!file_enter(file, NULL))
 		return -EAGAIN;
 	struct backing *b = file_backing(file);
-	int err = object_open(file, b);
-	if (err == 0 && ftruncate(atomic_load(&b->data_fd), size) != 0)
-		err = -errno;
-	/* The object first: after a crash in between it wins. */
-	if (err == 0 && b->shadow_fd >= 0 && ftruncate(b->shadow_fd, size) != 0)
-		err = -errno;
-	if (err == 0) {
-		file_mark_changed(file);
-		file_settle(file, b, 0);
-	}
+	int err = truncate_backing(file, b, size);
 	backing_unref(b);
 	file_leave(file);
 	return err;

@@ -67,6 +67,8 @@ class Filesystem(pyfuse3.Operations):
         self._devices = devices
         self._listings: dict[int, _Listing] = {}
         self._next_listing = 1
+        self._no_entry = pyfuse3.EntryAttributes()  # ino 0: the kernel remembers the absence
+        self._no_entry.entry_timeout = _VALID_S
 
     def _node(self, ino: int) -> Node:
         node = self._namespace.nodes.find(ino)
@@ -84,7 +86,11 @@ class Filesystem(pyfuse3.Operations):
     async def lookup(
         self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        return self._entry(self._namespace.lookup(self._node(parent_inode), name))
+        try:
+            node = self._namespace.lookup(self._node(parent_inode), name)
+        except FileNotFoundError:
+            return self._no_entry
+        return self._entry(node)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for ino, lookups in inode_list:

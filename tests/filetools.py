@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,10 +69,11 @@ class Files:
     mount: Mount
     directory: Path
     spilled: bool
+    segments: bool = False
 
     def make(self, name: str = "file", content: bytes = b"") -> Path:
-        """A new file with this content."""
-        path = self.directory / name
+        """A new file with this content, named as a segment file if they shall be segments."""
+        path = self.directory / (f"{zlib.crc32(name.encode()):020}.log" if self.segments else name)
         path.touch()
         if self.spilled:
             push_to_slow_tier(path, SMALL_FAST_BYTES)

@@ -40,12 +40,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
         yield mount
 
 
-@pytest.fixture(params=["fast", "spilled"])
+@pytest.fixture(params=["fast", "spilled", "fast segment", "spilled segment"])
 def files(shared: Mount, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Files]:
-    """Makes files on one tier; every test runs for both."""
+    """Makes files on one tier, of a name that the page cache serves or of one whose writers
+    bypass it; every test runs for all."""
     directory = shared.mountpoint / tmp_path.name
     directory.mkdir()
-    yield Files(shared, directory, spilled=request.param == "spilled")
+    kind: str = request.param
+    yield Files(shared, directory, spilled="spilled" in kind, segments="segment" in kind)
     for path in directory.iterdir():
         path.unlink()
 
@@ -235,6 +237,35 @@ def test_sendfile_sends_the_bytes(files: Files) -> None:
             sent += count
         copy.seek(0)
         assert copy.read() == TEXT * 20
+
+
+def test_sendfile_at_the_tail_sends_each_append_as_it_was_written(files: Files) -> None:
+    path = files.make()
+    batches = [os.urandom(length) for length in (5, 4091, 4096, 10_000, 1, 70_001, 4095)]
+    with opened(path, os.O_RDWR) as fd, ExitStack() as stack:
+        reader, writer = map(stack.enter_context, map(os.fdopen, os.pipe(), ("rb", "wb")))
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 1 << 20)
+        position = 0
+        for batch in batches:
+            os.write(fd, batch)
+            sent = 0
+            while sent < len(batch):  # as Kafka does: fstat, then sendfile up to there
+                left = os.fstat(fd).st_size - position
+                count = os.sendfile(writer.fileno(), fd, position, left)
+                assert count > 0
+                position, sent = position + count, sent + count
+            assert reader.read(len(batch)) == batch
+
+
+def test_writes_of_a_segment_are_one_request_each(shared: Mount, tmp_path: Path) -> None:
+    path = Files(shared, shared.mountpoint, spilled=False, segments=True).make(tmp_path.name)
+    with opened(path, os.O_RDWR) as fd:
+        before = shared.status()["requests"]
+        for _ in range(100):
+            os.write(fd, bytes(4321))
+        requests = shared.status()["requests"] - before
+    path.unlink()
+    assert requests < 110  # through the page cache they would be more than 200
 
 
 def test_fallocate_extends_with_zeros_and_allocates(files: Files) -> None:
