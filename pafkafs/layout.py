@@ -105,6 +105,11 @@ def parse_stub(text: bytes, device_paths: Mapping[str, tuple[bytes, ...]]) -> St
     raise DamagedStub(os.fsdecode(text))
 
 
+def reopen_directory(path_fd: int) -> int:
+    """A descriptor that reads and syncs the directory of an O_PATH descriptor."""
+    return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=path_fd)
+
+
 def open_state_directory(device_fd: int, name: str, *, create: bool = True) -> int:
     """Opens one of the device's own directories, made if it is missing.
 

@@ -1,24 +1,25 @@
-"""The namespace: names, directories and attributes, all of them system calls on the fast tier.
+"""The namespace: names that come and go, all of them system calls on the fast tier.
 
-It knows nodes, stubs and shadows, and nothing of FUSE.  Errors are the OSErrors of the home
-filesystem.  Methods that are not async are atomic: one trio thread runs them all, inline.
+Errors are the OSErrors of the home filesystem.  Methods that are not async are atomic: one trio
+thread runs them all, inline.
 """
 
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import trio
 
-from pafkafs import _native, kafka, layout
-from pafkafs.attributes import Changes, apply_changes, changed_times, with_changes
+from pafkafs import _native, layout
+from pafkafs.attributes import Changes, apply_changes
 from pafkafs.device import Device, Home
-from pafkafs.files import LONG_FREE, OpenFile, OpenFiles, open_data, open_shadow
-from pafkafs.layout import Stub
-from pafkafs.nodes import Attributes, Node, NodeTable
+from pafkafs.files import LONG_FREE, OpenFile, OpenFiles
+from pafkafs.nodes import Attributes, Node
 from pafkafs.objects import ObjectUpkeep
+from pafkafs.tree import Tree, is_bulk_name
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
@@ -37,8 +38,27 @@ class Caller:
     gid: int
 
 
-class Namespace:
-    """The tree that the mount shows.
+class _Pin(AbstractContextManager["_Pin"]):
+    """Keeps what a name leads to while the name is removed.
+
+    Without it the blocks of a large file would be freed here, inline: 0.2 s for 1 GiB.
+    """
+
+    def __init__(self, fd: int | None = None) -> None:
+        self._fd = fd
+
+    def take(self) -> int | None:
+        """The descriptor, if there is one; it is the caller's now."""
+        fd, self._fd = self._fd, None
+        return fd
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+
+
+class Namespace(Tree):
+    """Names that come and go.
 
     place decides on which device a new file starts; with durable_names (power mode) what makes
     a name returns when the name survives a power cut.
@@ -54,109 +74,10 @@ class Namespace:
         *,
         durable_names: bool,
     ) -> None:
-        self.home = home
-        self.devices = devices
-        self.files = files
-        self.upkeep = upkeep
-        self.nodes = NodeTable(home.tree_fd)
+        super().__init__(home, devices, files, upkeep)
         self._place = place
         self._durable_names = durable_names
         self._privileged = os.geteuid() == 0
-        self._device_paths = {id: (device.path,) for id, device in devices.items()}
-        self._home_device = next(iter(devices.values()))
-        self.damaged: set[bytes] = set()  # paths of stubs that were refused
-
-    # -- finding ------------------------------------------------------------------------------
-
-    def lookup(self, parent: Node, name: bytes) -> Node:
-        """The node of a name; its attributes are one stat away."""
-        parent_fd = self.nodes.directory_fd(parent)
-        status = os.stat(name, dir_fd=parent_fd, follow_symlinks=False)
-        node = self._node_of(parent, parent_fd, name, status)
-        self.nodes.add_name(node, parent, name)
-        return node
-
-    def _node_of(self, parent: Node, parent_fd: int, name: bytes, status: os.stat_result) -> Node:
-        stub = None
-        if stat.S_ISLNK(status.st_mode):
-            stub = self._read_stub(parent, parent_fd, name)
-        if stub is not None:
-            status = self._shadow_status(stub)
-        return self.nodes.obtain(status.st_ino, status, stub)
-
-    def _read_stub(self, parent: Node, parent_fd: int, name: bytes) -> Stub | None:
-        text = os.readlink(name, dir_fd=parent_fd)
-        try:
-            return layout.parse_stub(text, self._device_paths)
-        except layout.DamagedStub as error:
-            self.damaged.add(parent.path() + b"/" + name)
-            raise OSError(errno.EIO, f"refused stub: {error}") from error
-
-    def _shadow_status(self, stub: Stub) -> os.stat_result:
-        try:
-            return os.stat(stub.shadow, dir_fd=self.home.shadows_fd, follow_symlinks=False)
-        except FileNotFoundError as error:
-            raise OSError(errno.EIO, "the shadow is missing") from error
-
-    def attributes(self, node: Node) -> Attributes:
-        """What stat shows of a node, open or not, named or not."""
-        file = node.file
-        if file is not None:
-            status = os.fstat(file.native.attr_fd)
-        elif node.is_directory:
-            status = os.stat(self.nodes.directory_fd(node))
-        elif node.gone is not None:
-            return Attributes(node.ino, node.gone, 0, node.gone.st_blocks)
-        elif node.stub is not None:
-            status = self._shadow_status(node.stub)
-        elif node.fd is not None:
-            status = os.stat(node.fd)
-        else:
-            parent, name = node.names[0]
-            status = os.stat(name, dir_fd=self.nodes.directory_fd(parent), follow_symlinks=False)
-        if node.stub is None:
-            return Attributes(node.ino, status, status.st_nlink, status.st_blocks)
-        blocks = -(-status.st_size // 512)
-        if file is not None and file.native.data_fd >= 0:
-            blocks = file.native.counted_bytes // 512
-        links = self._stub_links(node) if file is None else file.native.nlink
-        return Attributes(node.ino, status, links, blocks)
-
-    def _stub_links(self, node: Node) -> int:
-        if not node.names:
-            return 0
-        parent, name = node.names[0]
-        parent_fd = self.nodes.directory_fd(parent)
-        return os.stat(name, dir_fd=parent_fd, follow_symlinks=False).st_nlink
-
-    def readlink(self, node: Node) -> bytes:
-        """The text of a symlink."""
-        parent, name = node.names[0]
-        return os.readlink(name, dir_fd=self.nodes.directory_fd(parent))
-
-    def list_names(self, node: Node) -> list[bytes]:
-        """All names in a directory, without . and .."""
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-        fd = os.open(".", flags, dir_fd=self.nodes.directory_fd(node))
-        try:
-            return [os.fsencode(name) for name in os.listdir(fd)]
-        finally:
-            os.close(fd)
-
-    def entries(
-        self, node: Node, names: Iterable[tuple[int, bytes]]
-    ) -> Iterator[tuple[int, bytes, Node, Attributes]]:
-        """The numbered names that are still there, each with its node and attributes."""
-        for number, name in names:
-            try:
-                entry = self.lookup(node, name)
-                yield number, name, entry, self.attributes(entry)
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                if error.errno != errno.EIO:
-                    raise
-                continue  # a refused stub must not hide its neighbours; status names it
 
     # -- making -------------------------------------------------------------------------------
 
@@ -165,8 +86,8 @@ class Namespace:
     ) -> tuple[Node, int]:
         """A new regular file on the device that placement chooses, and a handle of it."""
         self._check_inodes()
-        device = self._place(_is_bulk_name(parent, name))
-        if device is self._home_device:
+        device = self._place(is_bulk_name(parent, name))
+        if device is self.home_device:
             file = self._create_plain(parent, name, mode, caller)
         else:
             file = self._create_object(parent, name, mode, caller, device)
@@ -198,7 +119,7 @@ class Namespace:
             os.close(fd)
             os.unlink(name, dir_fd=parent_fd)
             raise
-        return self.files.attach_plain(node, self._home_device, fd, read_only=False)
+        return self.files.attach_plain(node, self.home_device, fd, read_only=False)
 
     def _create_object(
         self, parent: Node, name: bytes, mode: int, caller: Caller, device: Device
@@ -248,7 +169,7 @@ class Namespace:
         os.mknod(name, stat.S_IFMT(mode) | 0o600, rdev, dir_fd=parent_fd)
         self._give_name_to(parent_fd, name, stat.S_IMODE(mode), caller)
         if stat.S_ISREG(mode):
-            self._home_device.files += 1
+            self.home_device.files += 1
         await self.name_made(parent)
         return self.lookup(parent, name)
 
@@ -295,7 +216,7 @@ class Namespace:
 
     def _links_changed(self, node: Node) -> None:
         if node.stub is not None and node.file is not None:
-            node.file.native.nlink = self._stub_links(node)
+            node.file.native.nlink = self.stub_links(node)
 
     async def name_made(self, *parents: Node) -> None:
         """In power mode: the entries of these directories are durable when it returns."""
@@ -305,8 +226,7 @@ class Namespace:
 
     async def sync_directory(self, node: Node) -> None:
         """fsync of a directory.  Shadows go first: a durable stub must find its own."""
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-        fd = os.open(".", flags, dir_fd=self.nodes.directory_fd(node))
+        fd = layout.reopen_directory(self.nodes.directory_fd(node))
         try:
             await trio.to_thread.run_sync(layout.sync_all, (self.home.shadows_fd, fd))
         finally:
@@ -319,7 +239,7 @@ class Namespace:
         parent_fd = self.nodes.directory_fd(parent)
         try:
             status = os.stat(name, dir_fd=parent_fd, follow_symlinks=False)
-            node = self._node_of(parent, parent_fd, name, status)
+            node = self.node_of(parent, parent_fd, name, status)
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
@@ -327,22 +247,18 @@ class Namespace:
             self.damaged.discard(parent.path() + b"/" + name)
             return
         before = self.attributes(node)
-        pin = self._pin(node, before, parent_fd, name)
-        os.unlink(name, dir_fd=parent_fd)
-        self._name_gone(node, parent, name, before, parent_fd, pin)
+        with self._pin(node, before, parent_fd, name) as pin:
+            os.unlink(name, dir_fd=parent_fd)
+            self._name_gone(node, parent, name, before, parent_fd, pin)
 
     @staticmethod
-    def _pin(node: Node, before: Attributes, parent_fd: int, name: bytes) -> int | None:
-        """Keeps what a name leads to while the name is removed.
-
-        Without it the blocks of a large file would be freed here, inline: 0.2 s for 1 GiB.
-        """
+    def _pin(node: Node, before: Attributes, parent_fd: int, name: bytes) -> _Pin:
         if node.file is not None or node.stub is not None or node.is_directory:
-            return None
+            return _Pin()
         small = before.blocks * 512 <= LONG_FREE
         if small and before.nlink == 1 and stat.S_ISREG(before.status.st_mode):
-            return None
-        return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent_fd)
+            return _Pin()
+        return _Pin(os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent_fd))
 
     def rmdir(self, parent: Node, name: bytes) -> None:
         """Removes an empty directory, which may still be open."""
@@ -363,13 +279,14 @@ class Namespace:
         name: bytes,
         before: Attributes,
         parent_fd: int,
-        pin: int | None,
+        pin: _Pin,
     ) -> None:
         self.nodes.remove_name(node, parent, name)
         if before.nlink > 1 or not stat.S_ISREG(before.status.st_mode):
             if node.stub is not None and node.file is not None:
                 node.file.native.nlink = before.nlink - 1
-            self._keep_pin(node, pin)
+            if not node.names and node.fd is None:
+                node.fd = pin.take()  # without a name that we know, it is all that reaches it
         else:
             self._file_gone(node, before, parent_fd, pin)
         if before.nlink <= 1:
@@ -377,17 +294,9 @@ class Namespace:
             self.nodes.release_key(node)
         self.nodes.drop_if_unused(node)
 
-    @staticmethod
-    def _keep_pin(node: Node, pin: int | None) -> None:
-        """What has no name that we know is reached by its descriptor."""
-        if pin is not None and not node.names and node.fd is None:
-            node.fd = pin
-        elif pin is not None:
-            os.close(pin)
-
-    def _file_gone(self, node: Node, before: Attributes, parent_fd: int, pin: int | None) -> None:
+    def _file_gone(self, node: Node, before: Attributes, parent_fd: int, pin: _Pin) -> None:
         """The last name of a regular file was removed."""
-        device = self._home_device if node.stub is None else self.devices[node.stub.device_id]
+        device = self.home_device if node.stub is None else self.devices[node.stub.device_id]
         device.files -= 1
         node.gone = before.status
         if node.stub is not None:
@@ -397,8 +306,8 @@ class Namespace:
             return  # closing it does the rest
         if node.stub is not None:
             self.upkeep.remove(node.stub)
-        elif pin is not None:
-            self.upkeep.free(pin, device, before.blocks * 512)
+        elif (fd := pin.take()) is not None:
+            self.upkeep.free(fd, device, before.blocks * 512)
         else:
             device.native.add_used(-before.blocks * 512)
 
@@ -419,140 +328,36 @@ class Namespace:
         if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE):
             raise OSError(errno.EINVAL, "unknown flags of rename")
         moved = self.lookup(old_parent, old)
-        target, before, pin = self._rename_target(new_parent, new)
+        target = self._if_there(new_parent, new)
         if target is moved:
-            if pin is not None:
-                os.close(pin)
             return
-        if target is not None and target.is_directory and not flags & RENAME_EXCHANGE:
-            self.nodes.pin_directory(target)
         old_fd = self.nodes.directory_fd(old_parent)
         new_fd = self.nodes.directory_fd(new_parent)
-        try:
+        if target is None or flags & RENAME_EXCHANGE:
             _native.rename(old_fd, old, new_fd, new, flags)
-        except OSError:
-            if pin is not None:
-                os.close(pin)
-            raise
-        self.nodes.remove_name(moved, old_parent, old)
-        self.nodes.add_name(moved, new_parent, new)
-        if target is not None and before is not None:
-            if flags & RENAME_EXCHANGE:
+            if target is not None:
                 self.nodes.remove_name(target, new_parent, new)
                 self.nodes.add_name(target, old_parent, old)
-            elif target.is_directory:
-                self._directory_gone(target)
-            else:
+            self._renamed(moved, old_parent, old, new_parent, new)
+        elif target.is_directory:
+            self.nodes.pin_directory(target)
+            _native.rename(old_fd, old, new_fd, new, flags)
+            self._renamed(moved, old_parent, old, new_parent, new)
+            self._directory_gone(target)
+        else:
+            before = self.attributes(target)
+            with self._pin(target, before, new_fd, new) as pin:
+                _native.rename(old_fd, old, new_fd, new, flags)
+                self._renamed(moved, old_parent, old, new_parent, new)
                 self._name_gone(target, new_parent, new, before, new_fd, pin)
-                pin = None
-        if pin is not None:
-            os.close(pin)
         await self.name_made(new_parent, *([] if old_parent is new_parent else [old_parent]))
 
-    def _rename_target(
-        self, parent: Node, name: bytes
-    ) -> tuple[Node | None, Attributes | None, int | None]:
+    def _if_there(self, parent: Node, name: bytes) -> Node | None:
         try:
-            target = self.lookup(parent, name)
+            return self.lookup(parent, name)
         except FileNotFoundError:
-            return None, None, None
-        before = self.attributes(target)
-        return target, before, self._pin(target, before, self.nodes.directory_fd(parent), name)
+            return None
 
-    # -- opening and attributes ---------------------------------------------------------------
-
-    @staticmethod
-    def is_bulk_data(node: Node) -> bool:
-        """Whether a file is a segment of a topic, by its name."""
-        return bool(node.names) and _is_bulk_name(*node.names[0])
-
-    def open(self, node: Node, *, writable: bool) -> int:
-        """A new handle of a file.  Touches no slow device."""
-        return self.files.add_handle(self._opened(node, writable=writable))
-
-    def _opened(self, node: Node, *, writable: bool) -> OpenFile:
-        """The open file of a node, opened if it was not."""
-        file = node.file
-        if file is None:
-            file = self._open_object(node) if node.stub is not None else self._open_plain(node)
-        elif writable and file.read_only:
-            self._make_writable(file)
-        return file
-
-    def _open_plain(self, node: Node) -> OpenFile:
-        if not node.names:
-            raise OSError(errno.ESTALE, "the file has no name any more")
-        parent, name = node.names[0]
-        fd, read_only = open_data(name, self.nodes.directory_fd(parent))
-        return self.files.attach_plain(node, self._home_device, fd, read_only=read_only)
-
-    def _open_object(self, node: Node) -> OpenFile:
-        assert node.stub is not None
-        device = self.devices[node.stub.device_id]
-        fd = open_shadow(node.stub.shadow, self.home.shadows_fd)
-        links = self._stub_links(node)
-        return self.files.attach_object(node, device, fd, create=False, nlink=links)
-
-    def _make_writable(self, file: OpenFile) -> None:
-        """Opened with mode 0400 and no privilege; the mode allows writing by now."""
-        if not file.node.names or file.node.stub is not None:
-            return
-        parent, name = file.node.names[0]
-        fd = os.open(
-            name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.nodes.directory_fd(parent)
-        )
-        file.native.repoint_plain(self._home_device.native, fd)
-        file.read_only = False
-
-    async def set_attributes(self, node: Node, changes: Changes) -> None:
-        """truncate, chmod, chown and utimens, in an order in which none undoes another."""
-        if changes.size is not None:
-            async with self.files.used(self._opened(node, writable=True)) as file:
-                await file.truncate(changes.size)
-                self._set_on_fd(node, changes)
-        else:
-            self._set_on_fd(node, changes)
-        if node.stub is not None:
-            self.upkeep.attributes_changed(node.stub)
-
-    def _set_on_fd(self, node: Node, changes: Changes) -> None:
-        if node.file is not None:
-            apply_changes(f"/proc/self/fd/{node.file.native.attr_fd}", changes)
-            return
-        flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-        if node.is_directory:
-            fd = os.dup(self.nodes.directory_fd(node))
-        elif node.gone is not None:
-            # Its inode is being freed; only who holds an O_PATH descriptor can still ask.
-            node.gone = with_changes(node.gone, changes)
-            return
-        elif node.stub is not None:
-            fd = os.open(node.stub.shadow, flags, dir_fd=self.home.shadows_fd)
-        elif node.fd is not None:
-            fd = os.dup(node.fd)
-        else:
-            parent, name = node.names[0]
-            fd = os.open(name, flags, dir_fd=self.nodes.directory_fd(parent))
-        try:
-            if stat.S_ISLNK(os.fstat(fd).st_mode):
-                self._set_on_symlink(node, changes)
-            else:
-                apply_changes(f"/proc/self/fd/{fd}", changes)
-        finally:
-            os.close(fd)
-
-    def _set_on_symlink(self, node: Node, changes: Changes) -> None:
-        parent, name = node.names[0]
-        parent_fd = self.nodes.directory_fd(parent)
-        if changes.uid is not None or changes.gid is not None:
-            uid = -1 if changes.uid is None else changes.uid
-            gid = -1 if changes.gid is None else changes.gid
-            os.chown(name, uid, gid, dir_fd=parent_fd, follow_symlinks=False)
-        times = changed_times(os.stat(name, dir_fd=parent_fd, follow_symlinks=False), changes)
-        if times is not None:
-            os.utime(name, ns=times, dir_fd=parent_fd, follow_symlinks=False)
-
-
-def _is_bulk_name(parent: Node, name: bytes) -> bool:
-    directory = parent.names[0][1] if parent.names else b""
-    return kafka.is_bulk_data(os.fsdecode(directory), os.fsdecode(name))
+    def _renamed(self, node: Node, old_parent: Node, old: bytes, parent: Node, new: bytes) -> None:
+        self.nodes.remove_name(node, old_parent, old)
+        self.nodes.add_name(node, parent, new)

@@ -12,7 +12,7 @@ import trio
 
 from pafkafs import _native
 from pafkafs.device import Device, Home
-from pafkafs.layout import Stub, copy_attributes, sync_all
+from pafkafs.layout import Stub, copy_attributes, reopen_directory, sync_all
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +38,7 @@ class ObjectUpkeep:
         """A stub is gone from this directory, which was not fsynced since."""
         inode = os.stat(parent_fd).st_ino
         if inode not in self._unsynced:
-            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-            self._unsynced[inode] = os.open(".", flags, dir_fd=parent_fd)
+            self._unsynced[inode] = reopen_directory(parent_fd)
 
     def remove(self, stub: Stub) -> None:
         """Nothing refers to this object and its shadow any more."""

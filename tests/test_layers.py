@@ -16,6 +16,7 @@ LAYERS = [
     {"filesystem", "control", "mountpoint"},
     {"status", "migration", "recovery", "garbage"},
     {"namespace"},
+    {"tree"},
     {"objects", "files"},
     {"nodes"},
     {"device"},
