@@ -62,10 +62,11 @@ struct file {
 	struct handle *handles;
 };
 
-/* Both take their descriptors over, on failure (NULL, errno) too. */
+/* Both take their descriptors over, on failure (NULL, errno) too.  synced:
+ * nothing of the object waits for an fsync, whoever wrote it. */
 struct backing *backing_plain(struct device *dev, int data_fd);
 struct backing *backing_object(struct device *dev, int shadow_fd, int data_fd,
-			       const char *object, bool create);
+			       const char *object, bool create, bool synced);
 struct backing *backing_ref(struct backing *b);
 void backing_unref(struct backing *b);
 /* Where the attributes are. */
@@ -113,6 +114,8 @@ bool file_unsynced(struct file *file, uint64_t *seq);
  * every handle that is open now will see once. */
 void file_synced(struct file *file, uint64_t seq, int error);
 
+/* A failed fsync that no handle has seen. */
+bool file_error_unseen(struct file *file);
 /* A handle opened after a failed fsync that nobody has seen sees it too. */
 int file_add_handle(struct file *file, uint64_t fh);
 unsigned file_remove_handle(struct file *file, uint64_t fh); /* handles left */

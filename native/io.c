@@ -191,6 +191,10 @@ static bool enter_change(struct io *io, enum io_result *result)
 	int err = object_open(io->file, io->b);
 	if (err == 0)
 		return true;
+	if (is_full(err) && io->in->opcode != FUSE_FSYNC) { /* no room for a new object */
+		*result = park_for_room(io);
+		return false;
+	}
 	file_leave(io->file);
 	*result = answer(io, -err, NULL, 0);
 	return false;
@@ -272,8 +276,12 @@ static enum io_result fsync_(struct io *io)
 		return result;
 	int err = sync_backing(io->file, io->b, arg->fsync_flags & FUSE_FSYNC_FDATASYNC);
 	file_leave(io->file);
+	/* Who was killed while it hung has seen no error: the next one shall. */
+	if (io->r != NULL && !request_claim(io->r))
+		return IO_DONE;
 	int unseen = file_handle_error(io->file, arg->fh);
-	return answer(io, unseen != 0 ? unseen : -err, NULL, 0);
+	front_reply(io->f, io->in->unique, unseen != 0 ? unseen : -err, NULL, 0);
+	return IO_DONE;
 }
 
 static enum io_result flush(struct io *io)

@@ -90,11 +90,11 @@ static int set_limit(DeviceObject *self, PyObject *value, void *closure)
 	return set_bytes(&self->dev->limit_bytes, value);
 }
 
-static PyObject *get_busy(DeviceObject *self, void *closure)
+static PyObject *get_stuck(DeviceObject *self, void *closure)
 {
 	(void)closure;
 	return PyLong_FromUnsignedLongLong(
-		self->dev->workers == NULL ? 0 : workers_busy_ns(self->dev->workers));
+		self->dev->workers == NULL ? 0 : workers_stuck_ns(self->dev->workers));
 }
 
 static PyObject *get_queued(DeviceObject *self, void *closure)
@@ -113,7 +113,7 @@ static PyMethodDef methods[] = {
 static PyGetSetDef members[] = {
 	{"used_bytes", (getter)get_used, (setter)set_used, NULL, NULL},
 	{"limit_bytes", (getter)get_limit, (setter)set_limit, NULL, NULL},
-	{"busy_ns", (getter)get_busy, NULL, NULL, NULL},
+	{"stuck_ns", (getter)get_stuck, NULL, NULL, NULL},
 	{"queued", (getter)get_queued, NULL, NULL, NULL},
 	{NULL, NULL, NULL, NULL, NULL},
 };

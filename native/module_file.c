@@ -113,7 +113,8 @@ static PyObject *repoint_object(FileObject *self, PyObject *args)
 	    !PyArg_ParseTuple(args, "O!iiy", native_state()->device_type, &device, &shadow_fd,
 			      &data_fd, &object))
 		return NULL;
-	return repoint(self, backing_object(device->dev, shadow_fd, data_fd, object, false));
+	return repoint(self,
+		       backing_object(device->dev, shadow_fd, data_fd, object, false, true));
 }
 
 static PyObject *truncate_py(FileObject *self, PyObject *arg)
@@ -205,6 +206,12 @@ static PyObject *get_counted(FileObject *self, void *closure)
 	return PyLong_FromLongLong(bytes);
 }
 
+static PyObject *get_error_unseen(FileObject *self, void *closure)
+{
+	(void)closure;
+	return opened(self) == NULL ? NULL : PyBool_FromLong(file_error_unseen(self->file));
+}
+
 static PyObject *get_unsynced(FileObject *self, void *closure)
 {
 	uint64_t seq;
@@ -253,6 +260,7 @@ static PyGetSetDef members[] = {
 	{"attr_fd", (getter)get_attr_fd, NULL, NULL, NULL},
 	{"data_fd", (getter)get_data_fd, NULL, NULL, NULL},
 	{"counted_bytes", (getter)get_counted, NULL, NULL, NULL},
+	{"error_unseen", (getter)get_error_unseen, NULL, NULL, NULL},
 	{"unsynced", (getter)get_unsynced, NULL, NULL, NULL},
 	{"nlink", (getter)get_nlink, (setter)set_nlink, NULL, NULL},
 	{NULL, NULL, NULL, NULL, NULL},

@@ -114,12 +114,13 @@ static PyObject *open_object(FrontObject *self, PyObject *args)
 	unsigned long long ino;
 	DeviceObject *device;
 	const char *object;
-	int shadow_fd, create;
+	int shadow_fd, create, synced;
 
-	if (!PyArg_ParseTuple(args, "KO!iyp", &ino, native_state()->device_type, &device,
-			      &shadow_fd, &object, &create))
+	if (!PyArg_ParseTuple(args, "KO!iypp", &ino, native_state()->device_type, &device,
+			      &shadow_fd, &object, &create, &synced))
 		return NULL;
-	return wrap_file(self, ino, backing_object(device->dev, shadow_fd, -1, object, create));
+	return wrap_file(self, ino,
+			 backing_object(device->dev, shadow_fd, -1, object, create, synced));
 }
 
 static PyObject *get_session_fd(FrontObject *self, void *closure)

@@ -82,6 +82,19 @@ static PyObject *py_is_dax(PyObject *self, PyObject *args)
 	return PyBool_FromLong(dax);
 }
 
+static PyObject *py_syncfs(PyObject *self, PyObject *args)
+{
+	int fd, err;
+
+	(void)self;
+	if (!PyArg_ParseTuple(args, "i", &fd))
+		return NULL;
+	Py_BEGIN_ALLOW_THREADS
+	err = syncfs(fd) == 0 ? 0 : -errno;
+	Py_END_ALLOW_THREADS
+	return none_or_errno(err);
+}
+
 static PyObject *py_mount(PyObject *self, PyObject *args)
 {
 	const char *source, *target, *type, *options;
@@ -123,6 +136,7 @@ PyMethodDef syscall_methods[] = {
 	{"make_dirs", py_make_dirs, METH_VARARGS, NULL},
 	{"rename", py_rename, METH_VARARGS, NULL},
 	{"copy_data", py_copy_data, METH_VARARGS, NULL},
+	{"syncfs", py_syncfs, METH_VARARGS, NULL},
 	{"is_dax", py_is_dax, METH_VARARGS, NULL},
 	{"mount", py_mount, METH_VARARGS, NULL},
 	{"umount", py_umount, METH_VARARGS, NULL},

@@ -59,9 +59,14 @@ void request_free(struct request *r)
 	free(r);
 }
 
+bool request_claim(struct request *r)
+{
+	return !atomic_exchange(&r->answered, true);
+}
+
 void request_reply(struct request *r, int error, const void *data, size_t len)
 {
-	if (!atomic_exchange(&r->answered, true))
+	if (request_claim(r))
 		front_reply(r->front, r->in->unique, error, data, len);
 }
 

@@ -33,6 +33,8 @@ struct request {
 struct request *request_new(struct front *f, struct file *file, const struct fuse_in_header *in);
 /* Answers once: a second answer, after an interrupt, is dropped. */
 void request_reply(struct request *r, int error, const void *data, size_t len);
+/* True when the answer is still to be given, which is then the caller's to do. */
+bool request_claim(struct request *r);
 void request_free(struct request *r);
 /* False when an interrupt has answered it already and it must not be begun. */
 bool request_begin(struct request *r);

@@ -24,6 +24,7 @@ struct workers {
 	unsigned queued;
 	unsigned alive;
 	bool stopping;
+	_Atomic uint64_t last_end_ns; /* when a job was last done */
 	unsigned count;
 	struct worker worker[];
 };
@@ -62,6 +63,7 @@ static void *work(void *arg)
 		pthread_mutex_unlock(&w->lock);
 		job->run(job, self->scratch);
 		atomic_store(&self->busy_since_ns, 0);
+		atomic_store(&w->last_end_ns, monotonic_ns());
 		pthread_mutex_lock(&w->lock);
 	}
 	w->alive--;
@@ -166,16 +168,18 @@ unsigned workers_stop(struct workers *w, unsigned patience_ms)
 	return 0;
 }
 
-uint64_t workers_busy_ns(struct workers *w)
+uint64_t workers_stuck_ns(struct workers *w)
 {
-	uint64_t now = monotonic_ns(), oldest = 0;
+	uint64_t now = monotonic_ns(), oldest = now, last_end = atomic_load(&w->last_end_ns);
 
 	for (unsigned i = 0; i < w->count; i++) {
 		uint64_t since = atomic_load(&w->worker[i].busy_since_ns);
-		if (since != 0 && since < now && now - since > oldest)
-			oldest = now - since;
+		if (since != 0 && since < oldest)
+			oldest = since;
 	}
-	return oldest;
+	if (last_end > oldest)
+		oldest = last_end;
+	return oldest < now ? now - oldest : 0;
 }
 
 unsigned workers_queued(struct workers *w)

@@ -31,7 +31,7 @@ void workers_submit(struct workers *w, struct job *job);
 unsigned workers_stop(struct workers *w, unsigned patience_ms);
 
 /* Age in ns of the job that has been running longest; 0 when idle. */
-uint64_t workers_busy_ns(struct workers *w);
+uint64_t workers_stuck_ns(struct workers *w);
 /* Jobs queued and not yet begun. */
 unsigned workers_queued(struct workers *w);
 

@@ -12,9 +12,16 @@ from pathlib import Path
 from pafkafs import deviceset, layout
 from pafkafs.errors import PafkafsError
 
-_OWN = {layout.TREE, layout.SHADOWS, layout.OBJECTS, layout.TMP, layout.LOST, layout.RECORD}
+_OWN = {
+    layout.TREE,
+    layout.SHADOWS,
+    layout.OBJECTS,
+    layout.TMP,
+    layout.LOST,
+    layout.RECORD,
+    layout.ADOPTING,
+}
 _NOT_KAFKA = {"lost+found"}
-_MARK = ".pafkafs-adopting"
 
 
 def adopt(log_dir: str, fast: str, slow: list[str]) -> int:
@@ -22,20 +29,35 @@ def adopt(log_dir: str, fast: str, slow: list[str]) -> int:
     source, device = Path(log_dir).resolve(), Path(fast).resolve()
     _check(source, device)
     tree = device / layout.TREE
-    in_place = source == device
-    if in_place:
-        (device / _MARK).touch()  # a device that is half adopted is not "not empty"
+    skip = _OWN | _NOT_KAFKA if source == device else set()
+    _check_moves(source, tree, skip)
+    # **Invariant:** while the mark is there, the device is not mounted.  It is durable before
+    # the first rename, and goes when all of them are.
+    mark = device / layout.ADOPTING
+    mark.touch()
+    _sync_directory(device)
     _form_set(device, slow, ignore=source if source.parent == device else None)
     tree.mkdir(exist_ok=True)
-    _move_entries(source, tree, skip=_OWN | _NOT_KAFKA | {_MARK} if in_place else set())
+    _move_entries(source, tree, skip)
     _copy_directory_attributes(source, tree)
-    if in_place:
-        (device / _MARK).unlink()
-    else:
+    if source != device:
         source.rmdir()
     for directory in (tree, device, source.parent):
         _sync_directory(directory)
+    mark.unlink()
+    _sync_directory(device)
     return len(os.listdir(tree))
+
+
+def _check_moves(source: Path, tree: Path, skip: set[str]) -> None:
+    """Before anything is changed: each entry can be moved."""
+    if not os.access(source, os.W_OK | os.X_OK):
+        raise PafkafsError(
+            f"{source} cannot be changed by this user: run adopt as its owner or root"
+        )
+    for name in set(os.listdir(source)) - skip:
+        if os.path.lexists(tree / name):
+            raise PafkafsError(f"{tree / name} exists already: nothing was changed")
 
 
 def _check(source: Path, device: Path) -> None:
@@ -68,19 +90,13 @@ def _is_locked(path: Path) -> bool:
 
 def _form_set(device: Path, slow: list[str], ignore: Path | None) -> None:
     """As a first mount does; the entries to be adopted do not count as foreign."""
-    adopted = {ignore.name} if ignore is not None else set()
-    if (device / _MARK).exists():
-        adopted |= set(os.listdir(device))
+    adopted = {layout.ADOPTING} | ({ignore.name} if ignore is not None else set(os.listdir(device)))
     for member in deviceset.assemble([str(device)], slow, adopting=frozenset(adopted)):
         os.close(member.fd)
 
 
 def _move_entries(source: Path, tree: Path, skip: set[str]) -> None:
-    for name in os.listdir(source):
-        if name in skip:
-            continue
-        if (tree / name).exists():
-            raise PafkafsError(f"{tree / name} exists already: {source / name} was left")
+    for name in set(os.listdir(source)) - skip:
         os.rename(source / name, tree / name)
 
 

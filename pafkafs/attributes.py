@@ -53,6 +53,14 @@ def with_changes(status: os.stat_result, changes: Changes) -> os.stat_result:
     return os.stat_result(values, extra)
 
 
+def as_empty_file(status: os.stat_result) -> os.stat_result:
+    """A status of an empty regular file with the owner and the times of this one."""
+    values = list(status)
+    values[stat.ST_MODE] = stat.S_IFREG | 0o400
+    values[stat.ST_SIZE] = 0
+    return os.stat_result(values, {name: getattr(status, name) for name in _EXTRA_FIELDS})
+
+
 _EXTRA_FIELDS = (
     "st_atime",
     "st_mtime",

@@ -50,14 +50,20 @@ def socket_path(mountpoint: str) -> Path:
 
 def _own_directory() -> Path:
     directory = runtime_directory()
+    directory.parent.mkdir(parents=True, exist_ok=True)
     directory.mkdir(mode=0o700, exist_ok=True)
+    _check_own(directory)
+    return directory
+
+
+def _check_own(directory: Path) -> None:
+    """Whoever else may write there could answer in the name of a daemon."""
     status = os.lstat(directory)
     own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
     if not own or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise PafkafsError(
             f"{directory} is not a directory that only uid {os.geteuid()} may write to: remove it"
         )
-    return directory
 
 
 def listen(mountpoint: str) -> socket.socket:
@@ -130,6 +136,8 @@ def _answer(request: bytes, commands: Commands) -> dict[str, Any]:
 def ask(mountpoint: str, command: str) -> Any:
     """Asks the daemon of a mountpoint.  NoDaemon when none listens, PafkafsError otherwise."""
     path = socket_path(mountpoint)
+    if path.parent.is_symlink() or path.parent.exists():
+        _check_own(path.parent)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         client.settimeout(TIMEOUT_S)
         try:

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -45,8 +46,11 @@ class Mount:
     """A mount while it is served."""
 
     def __init__(self, options: MountOptions) -> None:
+        _raise_limits()
+        _protect_process()  # threads inherit it: before the first one
         self.options = options
         self._started = time.monotonic()
+        self._upkeep_scope = trio.CancelScope()
         mountpoint.check(options.mountpoint, options.fast + options.slow)
         self.devices, self.home, paths, self.durability = _within_patience(
             lambda: _open_devices(options)
@@ -85,9 +89,16 @@ class Mount:
             example = os.fsdecode(min(damaged))
             found.append(
                 status.Problem(
-                    f"{len(damaged)} stubs do not lead to a device of this set and were refused, "
-                    f"such as {example}",
-                    "restore them, or remove them through the mount: rm",
+                    f"{len(damaged)} stubs do not lead to a device of this set, and opening them "
+                    f"fails with EIO, such as {example}",
+                    "unmount and restore the symlinks in tree/, or remove the files: rm",
+                )
+            )
+        if self._scan.unreadable is not None:
+            found.append(
+                status.Problem(
+                    f"the home tree cannot be read at {self._scan.unreadable}",
+                    "check the filesystem of the first fast device: dmesg, fsck",
                 )
             )
         if self._scan.copied:
@@ -105,8 +116,6 @@ class Mount:
 
     async def run(self, on_ready: Callable[[], None]) -> None:
         """Serves until it is unmounted or told to stop.  Raises PafkafsError before ready."""
-        _raise_limits()
-        _protect_process()
         server = control.listen(self.options.mountpoint)
         fuse_fd = mountpoint.attach(self.options.source, self.options.mountpoint)
         try:
@@ -114,18 +123,25 @@ class Mount:
                 self._build(nursery, fuse_fd)
                 await self._reconcile_before_serving(nursery)
                 nursery.start_soon(control.serve, server, {"status": self._status})
-                nursery.start_soon(self._upkeep.run)
-                nursery.start_soon(self._watch_usage)
+                nursery.start_soon(self._run_upkeep)
                 nursery.start_soon(self._watch_signals)
                 nursery.start_soon(self._handle_events, on_ready)
                 nursery.start_soon(self._collect_garbage)
+                for device in self.devices:
+                    nursery.start_soon(self._sync_what_was_there, device)
+                    nursery.start_soon(self._watch_usage, device)
                 self._front.start()
                 await self._serve_session()
+                self._upkeep_scope.cancel()
                 await self._finish()
                 nursery.cancel_scope.cancel()
         finally:
             control.socket_path(self.options.mountpoint).unlink(missing_ok=True)
             self._detach_if_left()
+
+    async def _run_upkeep(self) -> None:
+        with self._upkeep_scope:
+            await self._upkeep.run()
 
     async def _serve_session(self) -> None:
         """Until the kernel ends the connection, which libfuse takes for an I/O error."""
@@ -207,25 +223,34 @@ class Mount:
         elif kind == _native.EVENT_IO_ERROR:
             file.device.failed(f"{os.fsdecode(node.path())}: {os.strerror(value)}")
 
-    async def _watch_usage(self) -> None:
+    async def _watch_usage(self, device: Device) -> None:
         while True:
             await trio.sleep(_USAGE_INTERVAL_S)
-            for device in self.devices:
-                if device.hung_s or device.limiter.borrowed_tokens:
-                    continue  # it is busy; asking again would only queue up
-                try:
-                    await trio.to_thread.run_sync(
-                        device.refresh_usage, limiter=device.limiter, abandon_on_cancel=True
-                    )
-                except OSError as error:
-                    device.failed(f"statvfs: {error.strerror}")
+            try:
+                await device.run(device.refresh_usage)
+            except OSError as error:
+                device.failed(f"statvfs: {error.strerror}")
+
+    async def _sync_what_was_there(self, device: Device) -> None:
+        """What an earlier daemon acked, or a Kafka on tree/ wrote, may be in the page cache of
+        the device still: an fsync has to reach it until this is done."""
+        try:
+            await trio.to_thread.run_sync(_native.syncfs, device.fd, abandon_on_cancel=True)
+        except OSError as error:
+            device.failed(f"cannot sync what was written before the mount: {error.strerror}")
+        else:
+            device.synced = True
 
     async def _collect_garbage(self) -> None:
         """Once, after all objects were compared; what is made meanwhile is no candidate."""
+        if self._scan.unreadable is not None:
+            return  # what was not seen must not be taken for garbage
         try:
-            garbage.collect_shadows(self.home, self._referenced(), self._old_shadows)
+            garbage.collect_shadows(
+                self.devices[0], self.home, self._referenced(), self._old_shadows
+            )
         except OSError as error:
-            self.devices[0].failed(f"cannot remove shadows without a stub: {error.strerror}")
+            self.devices[0].failed(f"cannot put shadows without a stub aside: {error.strerror}")
         async with trio.open_nursery() as nursery:
             for device in self.devices:
                 nursery.start_soon(self._collect_garbage_on, device)
@@ -237,20 +262,14 @@ class Mount:
             pyfuse3.invalidate_inode(ino, attr_only=True)
         self._reconciler.changed_nodes.clear()
         try:
-            report = await trio.to_thread.run_sync(
-                garbage.collect,
-                device,
-                self._referenced,
-                limiter=device.limiter,
-                abandon_on_cancel=True,
-            )
+            report = await device.run(lambda: garbage.collect(device, self._referenced))
         except OSError as error:
             device.failed(f"cannot put objects without a stub aside: {error.strerror}")
             return
         device.suspicious_objects = report.unreferenced if report.suspicious else 0
 
     def _referenced(self) -> set[str]:
-        return set(self._scan.stubs) | (self._files.opened_objects or set())
+        return set(self._scan.stubs) | self._scan.refused | (self._files.opened_objects or set())
 
     # -- stopping -----------------------------------------------------------------------------
 
@@ -273,22 +292,39 @@ class Mount:
             await trio.to_thread.run_sync(lambda: mountpoint.detach(where, lazy=False))
         except OSError as error:
             log.warning("%s is busy (%s): open files are cut off", where, error.strerror)
-            await trio.to_thread.run_sync(lambda: mountpoint.detach(where, lazy=True))
+            with suppress(OSError):  # detached already, by umount -l
+                await trio.to_thread.run_sync(lambda: mountpoint.detach(where, lazy=True))
             await trio.to_thread.run_sync(self._front.stop)
 
     async def _finish(self) -> None:
         """After the last request: all that was written is made durable."""
         with trio.CancelScope(shield=True):
-            with trio.move_on_after(_SYNC_PATIENCE_S):
-                for file in self._files.all():
-                    await self._sync_file(file)
-                await self._upkeep.flush()
-                await self._namespace.sync_directory(self._namespace.nodes.root)
+            await self._upkeep.flush(_SYNC_PATIENCE_S / 2)
+            # The home device last: its names lead to what the others have.
+            async with trio.open_nursery() as nursery:
+                for device in self.devices[1:]:
+                    nursery.start_soon(self._sync_device, device)
+            await self._sync_device(self.devices[0])
             self._front.stop()
             for device in self.devices:
                 if device.native.stop() > 0:
                     log.error("%s hangs and is left behind", os.fsdecode(device.path))
         log.info("stopped %s", self.options.mountpoint)
+
+    async def _sync_device(self, device: Device) -> None:
+        """Everything on it, open or not.  A device that hangs uses up its own patience only."""
+        done = False
+        with trio.move_on_after(_SYNC_PATIENCE_S / 2):
+            for file in self._files.all():
+                if file.device is device:
+                    await self._sync_file(file)
+            try:
+                await device.run(lambda: _native.syncfs(device.fd))
+                done = True
+            except OSError as error:
+                device.failed(f"sync at unmount: {error.strerror}")
+        if not done:
+            log.error("%s was not synced at unmount", os.fsdecode(device.path))
 
     async def _sync_file(self, file: OpenFile) -> None:
         try:
@@ -394,6 +430,9 @@ def _protect_process() -> None:
     reclaim not wait for us.  Both take privilege; without it they are left."""
     try:
         _native.set_io_flusher()
+    except OSError as error:
+        log.info("reclaim of memory may wait for this process: %s", error.strerror)
+    try:
         Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE))
     except OSError as error:
-        log.info("not protected from memory pressure: %s", error.strerror)
+        log.info("not protected from the OOM killer: %s", error.strerror)

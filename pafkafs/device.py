@@ -1,10 +1,16 @@
 """A device while it is mounted: its directories, its room, and what is wrong with it."""
 
+import errno
+import itertools
 import logging
+import math
 import os
+import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import trio
@@ -28,6 +34,8 @@ _ERROR_IS_NEWS_S = 600.0
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 
 @dataclass
 class Device:
@@ -44,6 +52,7 @@ class Device:
     lost_fd: int
     capacity_bytes: int
     files: int = 0
+    synced: bool = False  # nothing from before the mount waits for an fsync
     limiter: trio.CapacityLimiter = field(
         default_factory=lambda: trio.CapacityLimiter(_SLOW_THREADS)
     )
@@ -51,6 +60,9 @@ class Device:
     last_error_at: float = 0.0
     missing_objects: set[str] = field(default_factory=set)
     suspicious_objects: int = 0  # without a stub, and too many to be garbage
+    _jobs: dict[int, float] = field(default_factory=dict)  # when each of our own threads began
+    _job_numbers: Iterator[int] = field(default_factory=itertools.count)
+    _job_ended: float = 0.0
 
     @property
     def slow(self) -> bool:
@@ -59,9 +71,38 @@ class Device:
 
     @property
     def hung_s(self) -> float:
-        """Age in seconds of the oldest request in the device, when that is suspicious; else 0."""
-        age = self.native.busy_ns / 1e9
+        """For how many seconds it has been busy and completed nothing, when that is suspicious;
+        else 0."""
+        ages = [self.native.stuck_ns / 1e9]
+        jobs = list(self._jobs.values())
+        if jobs:
+            ages.append(time.monotonic() - max(min(jobs), self._job_ended))
+        age = max(ages)
         return age if age > HUNG_AFTER_S else 0.0
+
+    async def run(self, act: Callable[[], T], patience_s: float = math.inf) -> T:
+        """Runs what may block in the device in one of the threads that may.
+
+        A cancelled caller does not wait for it, and neither does one whose patience is at its
+        end: it gets ETIMEDOUT.
+        """
+        number = next(self._job_numbers)
+
+        def run() -> T:
+            self._jobs[number] = time.monotonic()
+            try:
+                return act()
+            finally:
+                self._job_ended = time.monotonic()
+                del self._jobs[number]
+
+        with trio.move_on_after(patience_s):
+            return await trio.to_thread.run_sync(run, limiter=self.limiter, abandon_on_cancel=True)
+        raise OSError(errno.ETIMEDOUT, "the device does not answer")
+
+    def close_soon(self, fd: int) -> None:
+        """Closes a descriptor on the device, which may free blocks, in a thread of its own."""
+        threading.Thread(target=os.close, args=(fd,), daemon=True).start()
 
     def failed(self, what: str) -> None:
         """Remembers, for status, what went wrong on the device."""

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +22,8 @@ from pafkafs.errors import PafkafsError
 
 FORMAT = 1
 _IGNORED_ENTRIES = {"lost+found"}  # every new ext4 has one
+# What a mount that was killed leaves where it wrote a record or looked whether it may.
+_OWN_TEMPORARY = re.compile(r"\.pafkafs(\.json\.|-)[0-9a-f]{8}")
 _TIER_NAMES = ("fast", "slow")
 
 
@@ -194,7 +197,11 @@ def _check_by_file(fd: int, path: str, role: str) -> None:
 
 def check_new(fd: int, path: str, role: str, adopting: frozenset[str]) -> None:
     """A device without a record must be empty: nobody's data is taken over by mistake."""
-    found = [name for name in os.listdir(fd) if name not in _IGNORED_ENTRIES | adopting]
+    found = [
+        name
+        for name in os.listdir(fd)
+        if name not in _IGNORED_ENTRIES | adopting and _OWN_TEMPORARY.fullmatch(name) is None
+    ]
     if found:
         advice = (
             "for an existing Kafka log directory see pafkafs adopt --help"
@@ -208,12 +215,12 @@ def check_new(fd: int, path: str, role: str, adopting: frozenset[str]) -> None:
 
 
 def assemble(
-    fast: Sequence[str], slow: Sequence[str], *, adopting: frozenset[str] = frozenset()
+    fast: Sequence[str], slow: Sequence[str], *, adopting: frozenset[str] | None = None
 ) -> list[SetDevice]:
     """Opens, locks and checks the devices of a mount; forms the set when they are new.
 
-    adopting are entries that a new fast device may have.  Nothing is changed unless all devices
-    pass.  Raises PafkafsError.
+    adopting are entries that a new fast device may have, None for a mount.  Nothing is changed
+    unless all devices pass.  Raises PafkafsError.
     """
     _check_distinct([*fast, *slow])
     wanted = [(0, i, path) for i, path in enumerate(fast)]
@@ -230,13 +237,20 @@ def assemble(
 
 
 def _recognise(
-    wanted: list[tuple[int, int, str]], fds: list[int], adopting: frozenset[str]
+    wanted: list[tuple[int, int, str]], fds: list[int], adopting: frozenset[str] | None
 ) -> list[SetDevice]:
     records: list[Record | None] = []
     for (tier, _, path), fd in zip(wanted, fds, strict=True):
         record = read_record(fd, path)
+        if adopting is None and tier == 0 and _is_adopting(fd):
+            raise PafkafsError(
+                f"a log directory is only half adopted into {path}: "
+                "run the same pafkafs adopt command again, it goes on where it stopped"
+            )
         if record is None:
-            check_new(fd, path, _TIER_NAMES[tier], adopting if tier == 0 else frozenset())
+            check_new(
+                fd, path, _TIER_NAMES[tier], adopting if tier == 0 and adopting else frozenset()
+            )
         check_writable(fd, path, _TIER_NAMES[tier])
         records.append(record)
     home = records[0]
@@ -252,6 +266,14 @@ def _recognise(
         )
     members = _match_members(home, wanted, records)
     return _form(home, members, records, fds)
+
+
+def _is_adopting(fd: int) -> bool:
+    try:
+        os.stat(layout.ADOPTING, dir_fd=fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _check_distinct(paths: Sequence[str]) -> None:
@@ -313,12 +335,20 @@ def _check_none_missing(home: Record, members: list[Member]) -> None:
         raise PafkafsError("the first fast device must be given first")
 
 
+def _remove_temporaries(fd: int) -> None:
+    for name in os.listdir(fd):
+        if _OWN_TEMPORARY.fullmatch(name) is not None:
+            os.unlink(name, dir_fd=fd)
+
+
 def _form(
     home: Record, members: list[Member], records: list[Record | None], fds: list[int]
 ) -> list[SetDevice]:
     """Writes what is new or has moved, in the order that survives a crash."""
     formed = replace(home, member=members[0], members=tuple(members))
     if records[0] != replace(formed, forming=False):
+        for fd in fds:
+            _remove_temporaries(fd)
         write_record(fds[0], replace(formed, forming=True))
         for member, record, fd in zip(members[1:], records[1:], fds[1:], strict=True):
             mine = Record(FORMAT, home.set, member)

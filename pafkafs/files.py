@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from pafkafs import _native
+from pafkafs import _native, kernel
 from pafkafs.device import Device
 from pafkafs.nodes import Node
 
@@ -88,9 +88,7 @@ class OpenFile:
             try:
                 if not may_block():
                     return act()
-                return await trio.to_thread.run_sync(
-                    act, limiter=self.device.limiter, abandon_on_cancel=True
-                )
+                return await self.device.run(act)
             except BlockingIOError:
                 # Someone closed the gate between our look and the call.
                 await trio.lowlevel.checkpoint()
@@ -110,38 +108,48 @@ class OpenFiles:
         self._on_closed = on_closed
         self._handles: dict[int, OpenFile] = {}
         self._numbers = itertools.count(1)
+        self._open: set[OpenFile] = set()
+        self._kernel_keeps_up = kernel.drops_pages_after_direct_write(os.uname().release)
         self.opened_objects: set[str] | None = set()  # since the mount; None: nobody asks
+        self.unsynced_objects: set[str] = set()  # not open, with attributes to be fsynced
 
     def __len__(self) -> int:
         return len(self._handles)
 
     @property
     def may_bypass_cache(self) -> bool:
-        """Whether a file that is open for direct I/O can still be mapped."""
-        return self._front.mapped_direct_io
+        """Whether writes may bypass the page cache, and the file still be mapped and sent."""
+        return self._kernel_keeps_up and self._front.mapped_direct_io
 
     def all(self) -> list[OpenFile]:
-        """Every open file once."""
-        return list({id(file): file for file in self._handles.values()}.values())
+        """Every open file, those that stay open to be synced included."""
+        return list(self._open)
 
     def attach_plain(self, node: Node, device: Device, fd: int, *, read_only: bool) -> OpenFile:
         """Makes node's open file of a descriptor of the file itself."""
         native = self._front.open_plain(node.ino, device.native, fd)
-        node.file = OpenFile(node, native, device, read_only)
-        return node.file
+        return self._attach(OpenFile(node, native, device, read_only))
+
+    def _attach(self, file: OpenFile) -> OpenFile:
+        file.node.file = file
+        self._open.add(file)
+        return file
 
     def attach_object(
         self, node: Node, device: Device, shadow_fd: int, *, create: bool, nlink: int
     ) -> OpenFile:
         """Makes node's open file of a shadow; its object is opened by the first I/O."""
         assert node.stub is not None
+        stub = node.stub
+        # What was written before the mount may be in the device's page cache still.
+        synced = not create and device.synced and stub.object_id not in self.unsynced_objects
         native = self._front.open_object(
-            node.ino, device.native, shadow_fd, node.stub.object, create
+            node.ino, device.native, shadow_fd, stub.object, create, synced
         )
         native.nlink = nlink
-        self.object_made(node.stub.object_id)
-        node.file = OpenFile(node, native, device, read_only=False)
-        return node.file
+        self.unsynced_objects.discard(stub.object_id)
+        self.object_made(stub.object_id)
+        return self._attach(OpenFile(node, native, device, read_only=False))
 
     def object_made(self, object_id: str) -> None:
         """An object of this id is about to be, and is no garbage of an earlier mount."""
@@ -159,9 +167,7 @@ class OpenFiles:
 
     async def _open_data(self, file: OpenFile) -> None:
         try:
-            await trio.to_thread.run_sync(
-                file.native.open_data, limiter=file.device.limiter, abandon_on_cancel=True
-            )
+            await file.device.run(file.native.open_data)
         except OSError as error:
             file.device.failed(f"cannot create an object: {error.strerror}")
         self._end_use(file)
@@ -191,14 +197,21 @@ class OpenFiles:
 
     def _end_use(self, file: OpenFile) -> None:
         file.users -= 1
+        self.close_if_unused(file)
+
+    def close_if_unused(self, file: OpenFile) -> None:
+        """Closes a file that nobody uses, unless an fsync through a later handle has to know
+        that there is something to do, or has an error of this one to see."""
         if file.users > 0:
             return
-        if file.device.slow and file.native.unsynced and file.node.names:
-            # It stays open until it is synced, so that an fsync through a later handle knows
-            # that there is something to do, and sees the error of this one.
-            file.users += 1
-            self._nursery.start_soon(self._sync_and_close, file)
-            return
+        if file.node.names:
+            if file.node.stub is not None and file.native.unsynced:
+                file.users += 1
+                self._nursery.start_soon(self._sync_and_close, file)
+                return
+            if file.native.error_unseen:
+                return
+        self._open.discard(file)
         self._on_closed(file)
         file.native.close()
         file.node.file = None
@@ -208,7 +221,6 @@ class OpenFiles:
             await file.sync()
         except OSError as error:
             log.error("fsync of %s failed: %s", os.fsdecode(file.node.path()), error.strerror)
-            return
         self._end_use(file)
 
 

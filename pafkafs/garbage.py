@@ -59,11 +59,14 @@ def collect(device: Device, referenced: Callable[[], set[str]]) -> GarbageReport
     return GarbageReport(len(found), len(unreferenced), len(unreferenced))
 
 
-def collect_shadows(home: Home, referenced: set[str], found: list[str]) -> None:
-    """Removes shadows, found before serving began, that have no stub: they hold no data."""
-    for name in found:
-        if name not in referenced:
-            os.unlink(name, dir_fd=home.shadows_fd)
+def collect_shadows(device: Device, home: Home, referenced: set[str], found: list[str]) -> None:
+    """Puts shadows, found before serving began, that have no stub aside."""
+    unreferenced = [name for name in found if name not in referenced]
+    if len(unreferenced) > max(COUNT_ALWAYS_ALLOWED, int(len(found) * SHARE_MAX)):
+        log.error("%d of %d shadows have no stub; none is removed", len(unreferenced), len(found))
+        return
+    for name in unreferenced:
+        _native.rename(home.shadows_fd, name.encode(), device.lost_fd, name.encode(), 0)
 
 
 def _objects(device: Device) -> list[bytes]:

@@ -26,6 +26,7 @@ OBJECTS = "objects"
 TMP = "tmp"
 LOST = "lost"
 RECORD = "pafkafs.json"
+ADOPTING = ".pafkafs-adopting"  # while adoption is moving a log directory in
 
 # objects/ and what is below it is searched by a Kafka that runs on tree/, never listed.
 STATE_MODES = {SHADOWS: 0o700, OBJECTS: 0o711, TMP: 0o700, LOST: 0o700}
@@ -84,6 +85,11 @@ def stub_text(device_path: bytes, stub: Stub) -> bytes:
 def looks_like_stub(text: bytes) -> bool:
     """Whether a symlink's text would be taken for a stub's."""
     return _OBJECTS_PART in text and _SUFFIX.fullmatch(text[-_SUFFIX_LEN:]) is not None
+
+
+def object_id_of(text: bytes) -> str:
+    """The object's id in a text that looks like a stub's."""
+    return os.fsdecode(text[-16:])
 
 
 def parse_stub(text: bytes, device_paths: Mapping[str, tuple[bytes, ...]]) -> Stub | None:

@@ -6,13 +6,13 @@ For now files move when they have no room to grow where they are: they spill.
 import errno
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 import trio
 
-from pafkafs import _native, layout
+from pafkafs import layout
+from pafkafs.copying import SourceError, copy_to_object
 from pafkafs.device import Device, Home
 from pafkafs.files import OpenFile
 from pafkafs.layout import Stub
@@ -20,8 +20,6 @@ from pafkafs.namespace import Namespace
 from pafkafs.policy import Mode, place_spill
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 # A writer waits so long for room that is being freed (a removed segment whose blocks a worker
 # still returns) before its file is moved.
@@ -106,6 +104,8 @@ class Spiller:
                 path = os.fsdecode(file.node.path())
                 log.error("cannot move %s: %s", path, error.strerror)
                 self._count(failed=1)
+                if isinstance(error, SourceError):
+                    raise
         return False
 
     def _may_move(self, file: OpenFile) -> bool:
@@ -129,33 +129,62 @@ class Spiller:
         copy is durable; whatever fails before it costs only garbage.
         """
         source, old_stub = file.device, file.node.stub
-        await _open_data(file)
         status = os.fstat(file.native.attr_fd)
         stub = layout.make_stub(target.id, target.path, file.node.path())
         self._namespace.files.object_made(stub.object_id)
-        object_fd = await _copy(file, target, stub, status)
-        target.native.add_used(os.fstat(object_fd).st_blocks * 512)
-        shadow_fd = await self._make_shadow(stub, status, object_fd)
         counted = file.native.counted_bytes
-        self._commit(file, target, stub, shadow_fd, object_fd)
+        try:
+            object_fd = await self._copy(file, status, target, stub)
+            await self._replace(file, target, stub, status, object_fd)
+        except OSError:
+            self._namespace.upkeep.remove(stub, counted=False)
+            raise
+        durable = await self._sync_parent(file)
         if old_stub is None:
             source.native.add_used(-counted)
-        else:
+        elif durable:
             self._namespace.upkeep.remove(old_stub)
-        await self._sync_parent(file)
         if file.node.stub is not None:
             self._namespace.upkeep.attributes_changed(file.node.stub)
         self._count(files=1, bytes=status.st_size)
 
-    async def _make_shadow(self, stub: Stub, status: os.stat_result, object_fd: int) -> int:
+    async def _copy(
+        self, file: OpenFile, status: os.stat_result, target: Device, stub: Stub
+    ) -> int:
+        """A durable copy of the file's data; its descriptor."""
+        source = file.device
         try:
-            fd = layout.create_shadow(self._home.shadows_fd, stub, status)
-            await trio.to_thread.run_sync(layout.sync_all, (fd, self._home.shadows_fd))
-        except OSError:
-            os.close(object_fd)
-            self._namespace.upkeep.remove(stub)
+            if status.st_size > 0 and file.native.data_fd < 0:
+                await source.run(file.native.open_data)
+            return await copy_to_object(file.native.data_fd, status, target, stub)
+        except SourceError as error:
+            source.failed(f"cannot read {os.fsdecode(file.node.path())}: {error.strerror}")
             raise
-        return fd
+        except OSError as error:
+            target.failed(f"cannot take a file over: {error.strerror}")
+            raise
+
+    async def _replace(
+        self,
+        file: OpenFile,
+        target: Device,
+        stub: Stub,
+        status: os.stat_result,
+        object_fd: int,
+    ) -> None:
+        """Puts the copy in the place of the file."""
+        shadow_fd = -1
+        try:
+            blocks = await target.run(lambda: os.fstat(object_fd).st_blocks)
+            shadow_fd = layout.create_shadow(self._home.shadows_fd, stub, status)
+            await trio.to_thread.run_sync(layout.sync_all, (shadow_fd, self._home.shadows_fd))
+            self._commit(file, target, stub, shadow_fd, object_fd)
+        except BaseException:
+            target.close_soon(object_fd)
+            if shadow_fd >= 0:
+                os.close(shadow_fd)
+            raise
+        target.native.add_used(blocks * 512)
 
     def _commit(
         self, file: OpenFile, target: Device, stub: Stub, shadow_fd: int, object_fd: int
@@ -163,7 +192,6 @@ class Spiller:
         """Atomic for the trio thread: the name is what it is found to be here."""
         node = file.node
         if not self._may_move(file):
-            self._discard(stub, object_fd, shadow_fd)
             raise OSError(errno.EMLINK, "it got a second link meanwhile")
         # chmod, chown and utimens do not wait at the gate.
         layout.copy_attributes(os.fstat(file.native.attr_fd), shadow_fd)
@@ -171,37 +199,34 @@ class Spiller:
         if node.names:
             parent, name = node.names[0]
             parent_fd = self._namespace.nodes.directory_fd(parent)
-            try:
-                layout.replace_with_stub(self._home.tmp_fd, parent_fd, name, target.path, stub)
-            except OSError:
-                self._discard(stub, object_fd, shadow_fd)
-                raise
+            layout.replace_with_stub(self._home.tmp_fd, parent_fd, name, target.path, stub)
             file.device.files -= 1
             target.files += 1
             self._namespace.nodes.rekey(node, key, stub)
         else:
             # Removed, and still open: the object goes when it is closed.
             node.stub = stub
-        file.native.repoint_object(target.native, shadow_fd, object_fd, stub.object)
+        try:
+            file.native.repoint_object(target.native, shadow_fd, object_fd, stub.object)
+        except OSError as error:
+            # Committed, and not in effect.  No error of a device: the mount must not go on.
+            raise RuntimeError("cannot re-point an open file") from error
         file.native.nlink = 1 if node.names else 0
         file.device = target
         file.read_only = False
 
-    def _discard(self, stub: Stub, object_fd: int, shadow_fd: int) -> None:
-        """Throws the copy away; the file stays what it was."""
-        os.close(object_fd)
-        os.close(shadow_fd)
-        self._namespace.upkeep.remove(stub)
-
-    async def _sync_parent(self, file: OpenFile) -> None:
+    async def _sync_parent(self, file: OpenFile) -> bool:
+        """**Invariant:** what the file was is not removed before its new name is durable."""
         if not file.node.names:
-            return
+            return True
         try:
             await self._namespace.sync_directory(file.node.names[0][0])
+            return True
         except OSError as error:
             # The device may come back with the old file under this name.
             self.degraded = f"fsync of a directory failed ({error.strerror}) after a file moved"
             log.critical("%s: %s", os.fsdecode(file.node.path()), self.degraded)
+            return False
 
     def _count(self, *, files: int = 0, bytes: int = 0, failed: int = 0) -> None:
         t = self.totals
@@ -215,41 +240,3 @@ async def _room_came(device: Device) -> bool:
             await trio.sleep(_ROOM_POLL_S)
         return True
     return False
-
-
-async def _open_data(file: OpenFile) -> None:
-    if file.native.data_fd < 0:
-        await _in_threads_of(file.device, file.native.open_data)
-
-
-async def _in_threads_of(device: Device, act: Callable[[], T]) -> T:
-    return await trio.to_thread.run_sync(act, limiter=device.limiter)
-
-
-async def _copy(file: OpenFile, target: Device, stub: Stub, status: os.stat_result) -> int:
-    """A copy of the file's data on target; when it fails, target is to blame."""
-    from_fd = file.native.data_fd
-    try:
-        return await _in_threads_of(target, lambda: _copy_to_object(target, stub, from_fd, status))
-    except OSError as error:
-        target.failed(f"cannot take a file over: {error.strerror}")
-        raise
-
-
-def _copy_to_object(device: Device, stub: Stub, from_fd: int, status: os.stat_result) -> int:
-    """A durable copy of a file that does not change; its descriptor.  May block."""
-    _native.make_dirs(device.objects_fd, stub.object)
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    fd = _native.open_beneath(device.objects_fd, stub.object, flags, 0o600)
-    try:
-        _native.copy_data(from_fd, fd, 0, status.st_size)
-        os.ftruncate(fd, status.st_size)
-        layout.copy_attributes(status, fd)
-        os.fsync(fd)
-        layout.sync_object_directories(device.objects_fd, stub.object)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    except OSError:
-        os.close(fd)
-        os.unlink(stub.object, dir_fd=device.objects_fd)
-        raise
-    return fd

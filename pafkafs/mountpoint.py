@@ -153,5 +153,5 @@ def tune_page_cache(mounted: Mounted) -> None:
         try:
             with open(path, "w", encoding="ascii") as setting:
                 setting.write(value)
-        except (FileNotFoundError, PermissionError):
+        except OSError:
             continue  # not root, or a kernel without this setting: slower, not wrong

@@ -211,6 +211,7 @@ class Namespace(Tree):
         )
         self.nodes.add_name(node, parent, name)
         self._links_changed(node)
+        self.names_changed(node)
         await self.name_made(parent)
         return node
 
@@ -237,15 +238,8 @@ class Namespace(Tree):
     def unlink(self, parent: Node, name: bytes) -> None:
         """Removes a name; with the last one the file, once it is closed."""
         parent_fd = self.nodes.directory_fd(parent)
-        try:
-            status = os.stat(name, dir_fd=parent_fd, follow_symlinks=False)
-            node = self.node_of(parent, parent_fd, name, status)
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
-            os.unlink(name, dir_fd=parent_fd)  # a refused stub: the name is all there is
-            self.damaged.discard(parent.path() + b"/" + name)
-            return
+        status = os.stat(name, dir_fd=parent_fd, follow_symlinks=False)
+        node = self.node_of(parent, parent_fd, name, status)
         before = self.attributes(node)
         with self._pin(node, before, parent_fd, name) as pin:
             os.unlink(name, dir_fd=parent_fd)
@@ -282,9 +276,11 @@ class Namespace(Tree):
         pin: _Pin,
     ) -> None:
         self.nodes.remove_name(node, parent, name)
+        self.damaged.discard(parent.path() + b"/" + name)
         if before.nlink > 1 or not stat.S_ISREG(before.status.st_mode):
             if node.stub is not None and node.file is not None:
                 node.file.native.nlink = before.nlink - 1
+            self.names_changed(node)
             if not node.names and node.fd is None:
                 node.fd = pin.take()  # without a name that we know, it is all that reaches it
         else:
@@ -297,12 +293,14 @@ class Namespace(Tree):
     def _file_gone(self, node: Node, before: Attributes, parent_fd: int, pin: _Pin) -> None:
         """The last name of a regular file was removed."""
         device = self.home_device if node.stub is None else self.devices[node.stub.device_id]
-        device.files -= 1
+        if not node.refused:
+            device.files -= 1
         node.gone = before.status
         if node.stub is not None:
             self.upkeep.stub_removed(parent_fd)
         if node.file is not None:
             node.file.native.nlink = 0
+            self.files.close_if_unused(node.file)
             return  # closing it does the rest
         if node.stub is not None:
             self.upkeep.remove(node.stub)
@@ -361,3 +359,5 @@ class Namespace(Tree):
     def _renamed(self, node: Node, old_parent: Node, old: bytes, parent: Node, new: bytes) -> None:
         self.nodes.remove_name(node, old_parent, old)
         self.nodes.add_name(node, parent, new)
+        self.damaged.discard(old_parent.path() + b"/" + old)
+        self.names_changed(node)

@@ -51,6 +51,7 @@ class Node:
         "key",
         "lookups",
         "names",
+        "refused",
         "stub",
     )
 
@@ -66,6 +67,7 @@ class Node:
         # O_PATH: of a directory while it is cached, of all else once no name is known.
         self.fd: int | None = None
         self.gone: os.stat_result | None = None  # last status of a removed regular file
+        self.refused = False  # a stub that does not lead to a device of the set
 
     def path(self) -> bytes:
         """Relative to the mount; for messages and the names of objects."""

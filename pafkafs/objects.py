@@ -6,7 +6,7 @@ The namespace never waits for a slow device; it leaves word here.
 import errno
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import trio
 
@@ -20,17 +20,29 @@ log = logging.getLogger(__name__)
 _BATCH_S = 0.05
 
 
+class _Queue:
+    """What is left to do on one device: each object once, what came last."""
+
+    def __init__(self) -> None:
+        self.attributes: dict[str, Stub] = {}
+        self.removals: list[tuple[Stub, bool]] = []  # and whether its room was counted
+        self.wake = trio.Event()
+
+    def __bool__(self) -> bool:
+        return bool(self.attributes or self.removals)
+
+
 class ObjectUpkeep:
-    """The work left to do on the objects of a mount."""
+    """The work left to do on the objects of a mount.  A device that hangs holds up its own."""
 
     def __init__(self, home: Home, devices: Mapping[str, Device]) -> None:
         self._home = home
         self._devices = devices
+        self._queues = {id: _Queue() for id in devices}
         self._unsynced: dict[int, int] = {}  # inode of a directory that lost stubs: descriptor
-        self._removals: list[Stub] = []
-        self._attributes: dict[str, Stub] = {}
+        self._sync_lock = trio.Lock()
+        self._sync_failed = False  # no removal of a name is known to be durable any more
         self._pins: list[tuple[int, Device, int]] = []
-        self._wake = trio.Event()
         self._wake_free = trio.Event()
         self.kept: set[str] = set()  # ids of objects with several stubs: never removed
 
@@ -40,10 +52,13 @@ class ObjectUpkeep:
         if inode not in self._unsynced:
             self._unsynced[inode] = reopen_directory(parent_fd)
 
-    def remove(self, stub: Stub) -> None:
+    def remove(self, stub: Stub, *, counted: bool = True) -> None:
         """Nothing refers to this object and its shadow any more."""
-        self._removals.append(stub)
-        self._wake.set()
+        queue = self._queues[stub.device_id]
+        queue.attributes.pop(stub.object_id, None)
+        if stub.object_id not in self.kept:
+            queue.removals.append((stub, counted))
+            queue.wake.set()
 
     def free(self, pin: int, device: Device, count: int) -> None:
         """Closes the last descriptor of a removed file of count allocated bytes, in a thread."""
@@ -52,60 +67,68 @@ class ObjectUpkeep:
 
     def attributes_changed(self, stub: Stub) -> None:
         """The object is to get the mode, owner and times of its shadow."""
-        self._attributes[stub.object_id] = stub
-        self._wake.set()
+        queue = self._queues[stub.device_id]
+        queue.attributes[stub.object_id] = stub
+        queue.wake.set()
 
     async def run(self) -> None:
         """Does the work as it comes; never returns."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._run_frees)
-            while True:
-                await self._wake.wait()
-                await trio.sleep(_BATCH_S)
-                await self.flush()
+            for device in self._devices.values():
+                nursery.start_soon(self._run_device, device, self._queues[device.id])
 
     async def _run_frees(self) -> None:
-        """Apart from the rest: room on the fast tier does not wait for a slow device."""
         while True:
             await self._wake_free.wait()
             self._wake_free = trio.Event()
             pins, self._pins = self._pins, []
             await trio.to_thread.run_sync(_free, pins)
 
-    async def flush(self) -> None:
-        """Does what is to be done now, as far as the devices answer."""
-        self._wake = trio.Event()
-        removals, self._removals = self._removals, []
-        attributes, self._attributes = self._attributes, {}
-        unsynced, self._unsynced = self._unsynced, {}
-        try:
-            await self._each_device(list(attributes.values()), self._copy_attributes)
-            # **Invariant:** an object is not removed before the removal of its stub is durable.
-            await trio.to_thread.run_sync(_sync_and_close, list(unsynced.values()))
-        except OSError as error:
-            log.error("fsync after a removal failed, objects are kept: %s", error.strerror)
-            return
-        removals = [stub for stub in removals if stub.object_id not in self.kept]
-        await self._each_device(removals, self._remove)
+    async def _run_device(self, device: Device, queue: _Queue) -> None:
+        while True:
+            await queue.wake.wait()
+            await trio.sleep(_BATCH_S)
+            await self._work_off(device, queue)
 
-    async def _each_device(
-        self, stubs: list[Stub], act: Callable[[Device, list[Stub]], None]
-    ) -> None:
-        """Runs act on each device's own share, in its own threads, and does not wait for a
-        device that hangs longer than the others need."""
+    async def flush(self, patience_s: float) -> None:
+        """Does what is left to do, as far as the devices answer.  When run was cancelled."""
         async with trio.open_nursery() as nursery:
             for device in self._devices.values():
-                mine = [stub for stub in stubs if stub.device_id == device.id]
-                if mine:
-                    nursery.start_soon(self._on_device, device, mine, act)
+                nursery.start_soon(self._flush_device, device, patience_s)
 
-    async def _on_device(
-        self, device: Device, stubs: list[Stub], act: Callable[[Device, list[Stub]], None]
-    ) -> None:
-        with trio.move_on_after(1.0):  # the thread goes on by itself
-            await trio.to_thread.run_sync(
-                act, device, stubs, limiter=device.limiter, abandon_on_cancel=True
-            )
+    async def _flush_device(self, device: Device, patience_s: float) -> None:
+        queue = self._queues[device.id]
+        with trio.move_on_after(patience_s):
+            await self._work_off(device, queue)
+        if queue:
+            left = len(queue.attributes) + len(queue.removals)
+            device.failed(f"{left} changes of objects were left to the next mount")
+
+    async def _work_off(self, device: Device, queue: _Queue) -> None:
+        """What a cancelled caller leaves undone stays in the queue."""
+        queue.wake = trio.Event()
+        attributes = list(queue.attributes.values())
+        removals = list(queue.removals)
+        if attributes:
+            await device.run(lambda: self._copy_attributes(device, attributes))
+            for stub in attributes:
+                if queue.attributes.get(stub.object_id) is stub:
+                    del queue.attributes[stub.object_id]
+        if removals and await self._removals_are_durable():
+            await device.run(lambda: self._remove(device, removals))
+            del queue.removals[: len(removals)]
+
+    async def _removals_are_durable(self) -> bool:
+        """**Invariant:** an object is not removed before the removal of its stub is durable."""
+        async with self._sync_lock:
+            unsynced, self._unsynced = self._unsynced, {}
+            try:
+                await trio.to_thread.run_sync(_sync_and_close, list(unsynced.values()))
+            except OSError as error:
+                log.error("fsync after a removal failed, objects are kept: %s", error.strerror)
+                self._sync_failed = True
+        return not self._sync_failed
 
     def _copy_attributes(self, device: Device, stubs: list[Stub]) -> None:
         for stub in stubs:
@@ -122,10 +145,11 @@ class ObjectUpkeep:
             except OSError as error:
                 _report(device, stub, "cannot set attributes", error)
 
-    def _remove(self, device: Device, stubs: list[Stub]) -> None:
-        for stub in stubs:
+    def _remove(self, device: Device, removals: list[tuple[Stub, bool]]) -> None:
+        for stub, counted in removals:
             try:
-                device.native.add_used(-remove_object(device, stub))
+                freed = remove_object(device, stub)
+                device.native.add_used(-freed if counted else 0)
             except OSError as error:
                 # The shadow stays too: at the next mount both are garbage.
                 _report(device, stub, "cannot remove", error)

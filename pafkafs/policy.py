@@ -63,15 +63,17 @@ def place_spill(mode: Mode, devices: Sequence[Room], source: int, need_bytes: in
     fits = [
         index
         for index, device in enumerate(devices)
-        if index != source and device.in_service and device.free_bytes >= need_bytes
+        if index != source and device.free_bytes >= need_bytes
     ]
-    # Sideways or down before up: but up rather than ENOSPC.
+    # One that does not answer is still better than ENOSPC: a writer can wait for it.  Sideways
+    # or down before up.
     above = devices[source].tier
-    return min(
-        fits,
-        key=lambda i: (devices[i].tier < above, devices[i].tier, -devices[i].free_bytes),
-        default=None,
-    )
+
+    def cost(i: int) -> tuple[bool, bool, int, int]:
+        device = devices[i]
+        return (not device.in_service, device.tier < above, device.tier, -device.free_bytes)
+
+    return min(fits, key=cost, default=None)
 
 
 def _roomiest(devices: Sequence[Room], tier: int) -> int | None:

@@ -7,8 +7,9 @@ Objects win over their shadows; what lost its stub is garbage (see there).
 import logging
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import trio
 
@@ -34,6 +35,8 @@ class Scan:
     stubs: dict[str, Stub] = field(default_factory=dict)  # by object id
     copied: set[str] = field(default_factory=set)  # ids that several stubs have
     damaged: set[bytes] = field(default_factory=set)
+    refused: set[str] = field(default_factory=set)  # ids in the texts of the damaged stubs
+    unreadable: str | None = None  # a directory that could not be read, and why
     no_shadow: dict[str, Stub] = field(default_factory=dict)
 
 
@@ -45,7 +48,7 @@ def scan_tree(
     moved: dict[int, bytes] = {}  # inode of a rewritten stub: where its new one is
     inodes: dict[str, int] = {}
     counted: set[int] = set()
-    for path, status in _walk(home.tree_fd):
+    for path, status in _walk(home.tree_fd, partial(_note_unreadable, scan)):
         if stat.S_ISREG(status.st_mode):
             _count_plain(scan, status, counted)
         elif stat.S_ISLNK(status.st_mode):
@@ -63,9 +66,19 @@ def scan_tree(
     return scan
 
 
-def _walk(tree_fd: int) -> Iterator[tuple[bytes, os.stat_result]]:
+def _note_unreadable(scan: Scan, error: OSError) -> None:
+    where = error.filename
+    name = os.fsdecode(where) if isinstance(where, bytes | str) else "tree"
+    log.error("cannot read %s: %s", name, error.strerror)
+    scan.unreadable = f"{name} ({error.strerror})"
+
+
+def _walk(
+    tree_fd: int, on_error: Callable[[OSError], None]
+) -> Iterator[tuple[bytes, os.stat_result]]:
     """Path and status of everything below, directories left out, symlinks not followed."""
-    for directory, _, names, fd in os.fwalk(b".", dir_fd=tree_fd, follow_symlinks=False):
+    walk = os.fwalk(b".", dir_fd=tree_fd, follow_symlinks=False, onerror=on_error)
+    for directory, _, names, fd in walk:
         for name in names:
             try:
                 status = os.stat(name, dir_fd=fd, follow_symlinks=False)
@@ -86,11 +99,13 @@ def _count_plain(scan: Scan, status: os.stat_result, counted: set[int]) -> None:
 def _read_stub(
     scan: Scan, home: Home, path: bytes, paths: dict[str, tuple[bytes, ...]]
 ) -> Stub | None:
+    text = os.readlink(path, dir_fd=home.tree_fd)
     try:
-        return layout.parse_stub(os.readlink(path, dir_fd=home.tree_fd), paths)
+        return layout.parse_stub(text, paths)
     except layout.DamagedStub as error:
         log.error("refused stub %s -> %s", os.fsdecode(path), error)
         scan.damaged.add(path)
+        scan.refused.add(layout.object_id_of(text))
         return None
 
 
@@ -143,6 +158,12 @@ def _object_status(device: Device, stub: Stub) -> os.stat_result | None:
         os.close(fd)
 
 
+def _attributes_of(status: os.stat_result) -> tuple[int, ...]:
+    """What a chmod or chown sets, as far as we may set it."""
+    mode = stat.S_IMODE(status.st_mode)
+    return (mode, status.st_uid, status.st_gid) if os.geteuid() == 0 else (mode,)
+
+
 class Reconciler:
     """Brings shadows up to date with their objects after a mount."""
 
@@ -161,9 +182,7 @@ class Reconciler:
         for start in range(0, len(mine), _CHUNK):
             chunk = mine[start : start + _CHUNK]
             try:
-                found = await trio.to_thread.run_sync(
-                    compare, device, chunk, limiter=device.limiter, abandon_on_cancel=True
-                )
+                found = await device.run(partial(compare, device, chunk))
             except OSError as error:
                 device.failed(f"cannot read objects/: {error.strerror}")
                 return
@@ -187,6 +206,8 @@ class Reconciler:
             if stub.object_id in self._scan.no_shadow:
                 os.close(layout.create_shadow(self._home.shadows_fd, stub, status))
             return status.st_blocks * 512
+        if _attributes_of(shadow) != _attributes_of(status):
+            self._namespace.upkeep.attributes_changed(stub)  # a change that did not get there
         if shadow.st_size != status.st_size or status.st_mtime_ns > shadow.st_mtime_ns:
             self._update_shadow(stub, shadow, status)
         return status.st_blocks * 512
@@ -204,7 +225,7 @@ class Reconciler:
         try:
             shadow = os.stat(stub.shadow, dir_fd=self._home.shadows_fd, follow_symlinks=False)
         except FileNotFoundError:
-            return
-        if shadow.st_size > 0:
+            shadow = None
+        if shadow is None or shadow.st_size > 0:
             device.missing_objects.add(stub.object_id)
             log.error("the object %s is missing", os.fsdecode(stub.object))

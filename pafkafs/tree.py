@@ -11,7 +11,13 @@ import stat
 from collections.abc import Iterable, Iterator
 
 from pafkafs import kafka, layout
-from pafkafs.attributes import Changes, apply_changes, changed_times, with_changes
+from pafkafs.attributes import (
+    Changes,
+    apply_changes,
+    as_empty_file,
+    changed_times,
+    with_changes,
+)
 from pafkafs.device import Device, Home
 from pafkafs.files import OpenFile, OpenFiles, open_data, open_shadow
 from pafkafs.layout import Stub
@@ -50,20 +56,19 @@ class Tree:
 
     def node_of(self, parent: Node, parent_fd: int, name: bytes, status: os.stat_result) -> Node:
         """The node of a name with this status, which the kernel does not get to know by it."""
-        stub = None
+        stub, refused = None, False
         if stat.S_ISLNK(status.st_mode):
-            stub = self._read_stub(parent, parent_fd, name)
+            text = os.readlink(name, dir_fd=parent_fd)
+            try:
+                stub = layout.parse_stub(text, self._device_paths)
+            except layout.DamagedStub:
+                refused = True
+                self.damaged.add(parent.path() + b"/" + name)
         if stub is not None:
             status = self._shadow_status(stub)
-        return self.nodes.obtain(status.st_ino, status, stub)
-
-    def _read_stub(self, parent: Node, parent_fd: int, name: bytes) -> Stub | None:
-        text = os.readlink(name, dir_fd=parent_fd)
-        try:
-            return layout.parse_stub(text, self._device_paths)
-        except layout.DamagedStub as error:
-            self.damaged.add(parent.path() + b"/" + name)
-            raise OSError(errno.EIO, f"refused stub: {error}") from error
+        node = self.nodes.obtain(status.st_ino, status, stub)
+        node.refused = refused
+        return node
 
     def _shadow_status(self, stub: Stub) -> os.stat_result:
         try:
@@ -87,6 +92,10 @@ class Tree:
         else:
             parent, name = node.names[0]
             status = os.stat(name, dir_fd=self.nodes.directory_fd(parent), follow_symlinks=False)
+        if node.refused:
+            # A file that can be listed, renamed and removed, and not opened: a broker whose
+            # lookup of a segment fails would drop its indexes.
+            status = as_empty_file(status)
         if node.stub is None:
             return Attributes(node.ino, status, status.st_nlink, status.st_blocks)
         blocks = -(-status.st_size // 512)
@@ -102,6 +111,15 @@ class Tree:
         parent, name = node.names[0]
         parent_fd = self.nodes.directory_fd(parent)
         return os.stat(name, dir_fd=parent_fd, follow_symlinks=False).st_nlink
+
+    def names_changed(self, node: Node) -> None:
+        """What happened to the stub changes the ctime of the file, which its shadow has."""
+        if node.stub is not None and node.file is not None:
+            fd = node.file.native.attr_fd
+            os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode))
+        elif node.stub is not None:
+            mode = stat.S_IMODE(self._shadow_status(node.stub).st_mode)
+            os.chmod(node.stub.shadow, mode, dir_fd=self.home.shadows_fd)
 
     def readlink(self, node: Node) -> bytes:
         """The text of a symlink."""
@@ -154,6 +172,8 @@ class Tree:
     def _open_plain(self, node: Node) -> OpenFile:
         if not node.names:
             raise OSError(errno.ESTALE, "the file has no name any more")
+        if node.refused:
+            raise OSError(errno.EIO, "a stub that does not lead to a device of this set")
         parent, name = node.names[0]
         fd, read_only = open_data(name, self.nodes.directory_fd(parent))
         return self.files.attach_plain(node, self.home_device, fd, read_only=read_only)
@@ -185,6 +205,10 @@ class Tree:
         else:
             self._set_on_fd(node, changes)
         if node.stub is not None:
+            if node.file is not None:
+                node.file.native.mark_changed()  # a fsync is to cover the shadow
+            else:
+                self.files.unsynced_objects.add(node.stub.object_id)
             self.upkeep.attributes_changed(node.stub)
 
     def _set_on_fd(self, node: Node, changes: Changes) -> None:

@@ -5,6 +5,7 @@ import re
 from pafkafs.errors import UsageError
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?b?)", re.IGNORECASE)
+_SIZE_LIMIT = 1 << 62
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 _PREFIXES = ("", "Ki", "Mi", "Gi", "Ti", "Pi")
 
@@ -19,7 +20,10 @@ def parse_size(text: str) -> int:
         raise UsageError(f"'{text}' is not a size; write it like 8GiB, 512MiB or 1000000")
     number, prefix, unit = match.groups()
     base = 1000 if unit.lower() == "b" and prefix else 1024
-    return int(float(number) * base ** _POWERS[prefix.lower()])
+    size = int(float(number) * base ** _POWERS[prefix.lower()])
+    if size >= _SIZE_LIMIT:
+        raise UsageError(f"'{text}' is more than any device has")
+    return size
 
 
 def format_size(count: int) -> str:

@@ -18,11 +18,11 @@ LAYERS = [
     {"namespace"},
     {"tree"},
     {"objects", "files"},
-    {"nodes"},
+    {"nodes", "copying"},
     {"device"},
     {"deviceset"},
     {"layout", "config", "attributes"},
-    {"policy", "kafka", "units"},
+    {"policy", "kafka", "units", "kernel"},
     {"errors", "_native"},
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}

@@ -41,6 +41,10 @@ def run(command: click.Command, arguments: list[str] | None = None) -> None:
     except PafkafsError as error:
         click.echo(f"pafkafs: {error}", err=True)
         sys.exit(error.exit_status)
+    except OSError as error:
+        where = f": {error.filename}" if error.filename is not None else ""
+        click.echo(f"pafkafs: {error.strerror or error}{where}", err=True)
+        sys.exit(1)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -1,5 +1,6 @@
 """`pafkafs mount`: checks, mounts, and serves in the background or in the foreground."""
 
+import io
 import logging
 import os
 import sys
@@ -68,8 +69,9 @@ def mount(config: str | None, foreground: bool, **given: Any) -> None:
 def _serve_in_foreground(options: MountOptions) -> None:
     from pafkafs.daemon import serve
 
-    handler = None if options.log_file is None else [_log_handler(Path(options.log_file))]
-    logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, handlers=handler)
+    file = options.log_file
+    handler = _stderr_handler() if file is None else _log_handler(Path(file))
+    logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, handlers=[handler])
     serve(options, lambda: click.echo(f"{options.mountpoint} is mounted", err=True))
 
 
@@ -142,7 +144,14 @@ def _log_handler(path: Path) -> logging.Handler:
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return WatchedFileHandler(path)
+        # Names of files are bytes, and need not be UTF-8.
+        return WatchedFileHandler(path, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         print(f"pafkafs: cannot log to {path}: {error.strerror}", file=sys.stderr)
-        return logging.StreamHandler()
+        return _stderr_handler()
+
+
+def _stderr_handler() -> logging.Handler:
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr.reconfigure(errors="backslashreplace")
+    return logging.StreamHandler()

@@ -47,6 +47,9 @@ def ask(mounted: mountpoint.Mounted) -> dict[str, Any]:
         answer: dict[str, Any] = control.ask(mounted.mountpoint, "status")
         return answer
     except control.NoDaemon:
+        if not mountpoint.is_dead(mounted.mountpoint):
+            problem = "its daemon is alive, and has no control socket for this user"
+            return _without_daemon(mounted, UNKNOWN, problem, "run pafkafs status as its owner")
         fast, _, slow = mounted.source.partition(":")
         action = f"pafkafs mount {fast} {slow} {mounted.mountpoint}"
         return _without_daemon(mounted, DEAD, "the daemon has died", action)

@@ -30,14 +30,15 @@ def unmount(where: str, *, lazy: bool) -> None:
         raise PafkafsError(f"no pafkafs is mounted at {where}")
     pid = _daemon_of(where)
     if pid is None:
-        _detach(where, dead=True)
+        # Dead, or the daemon of another user, which nobody waits for.
+        _detach(where, lazy=lazy or mountpoint.is_dead(where))
         return
     watch = os.pidfd_open(pid)
     try:
         if lazy:
             signal.pidfd_send_signal(watch, signal.SIGTERM)  # it syncs, detaches and cuts off
         else:
-            _detach(where, dead=False)
+            _detach(where, lazy=False)
         if not select.select([watch], [], [], _DAEMON_PATIENCE_S)[0]:
             raise PafkafsError(
                 f"unmounted, but the daemon (pid {pid}) still waits for a device; see its log"
@@ -54,9 +55,9 @@ def _daemon_of(where: str) -> int | None:
     return pid
 
 
-def _detach(where: str, *, dead: bool) -> None:
+def _detach(where: str, *, lazy: bool) -> None:
     try:
-        mountpoint.detach(where, lazy=dead)
+        mountpoint.detach(where, lazy=lazy)
     except OSError as error:
         raise PafkafsError(
             f"cannot unmount {where}: {error.strerror}; stop what has files open there "

@@ -82,7 +82,7 @@ static void what_waited_lands_on_the_new_backing(void)
 	put_file(check_path("shadow"), "aaaaa", 5, 0600);
 	int data = open(check_path("hdd/objects/1"), O_RDWR | O_CLOEXEC);
 	int shadow = open(check_path("shadow"), O_RDWR | O_CLOEXEC);
-	file_repoint(file, backing_object(d[1], shadow, data, "1", false));
+	file_repoint(file, backing_object(d[1], shadow, data, "1", false, true));
 	file_open_gate(file);
 	CHECK_EQ(kernel_error(&k, write), 0);
 	int fd = open(check_path("old"), O_RDONLY | O_CLOEXEC);
@@ -161,7 +161,7 @@ static void move(struct kernel *k, struct file *file, struct device *to, const c
 	if (to->slow) {
 		int shadow = open(check_path("shadow"), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
 		CHECK(ftruncate(shadow, lseek(to_fd, 0, SEEK_END)) == 0);
-		file_repoint(file, backing_object(to, shadow, to_fd, "o", false));
+		file_repoint(file, backing_object(to, shadow, to_fd, "o", false, true));
 	} else {
 		file_repoint(file, backing_plain(to, to_fd));
 	}

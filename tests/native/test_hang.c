@@ -60,7 +60,7 @@ static void a_thousand_hung_requests_delay_no_other(void)
 	CHECK_EQ(kernel_getattr(&x.k, SLOW_INO, &attr), 0);
 	CHECK_EQ(attr.size, 5);
 	kernel_barrier(&x.k); /* lookups and the like reach the session */
-	CHECK(workers_busy_ns(x.d[1]->workers) > 0 && workers_busy_ns(x.d[0]->workers) == 0);
+	CHECK(workers_stuck_ns(x.d[1]->workers) > 0 && workers_stuck_ns(x.d[0]->workers) == 0);
 	hook_release(HOOK_OPEN);
 	CHECK_SOON(hook_hanging(HOOK_READ) == SLOW_WORKERS);
 	CHECK_EQ(kernel_read(&x.k, FAST, got, 5, 0), 5);
@@ -138,7 +138,7 @@ static void a_worker_that_hangs_is_left_behind(void)
 
 	CHECK(w != NULL);
 	workers_submit(w, &job);
-	CHECK_SOON(workers_busy_ns(w) > 0);
+	CHECK_SOON(workers_stuck_ns(w) > 0);
 	CHECK_EQ(workers_stop(w, 50), 1);
 	_exit(0); /* the set is leaked on purpose: no check for leaks */
 }

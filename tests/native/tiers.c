@@ -50,7 +50,7 @@ struct file *open_object(struct kernel *k, uint64_t ino, struct device *d, const
 	int fd = open(check_path(shadow), O_RDWR | O_CREAT | O_CLOEXEC, 0640);
 
 	CHECK(fd >= 0);
-	struct backing *b = backing_object(d, fd, -1, object, create);
+	struct backing *b = backing_object(d, fd, -1, object, create, !create);
 	CHECK(b != NULL);
 	struct file *file = file_open(k->front, ino, b);
 	CHECK(file != NULL);
