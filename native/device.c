@@ -52,6 +52,8 @@ void device_unref(struct device *d)
 	if (atomic_fetch_sub(&d->refs, 1) != 1)
 		return;
 	close(d->objects_fd);
+	if (d->sizes != NULL)
+		sizes_close(d->sizes);
 	free(d);
 }
 

@@ -9,6 +9,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "sizes.h"
 #include "workers.h"
 
 struct device {
@@ -20,6 +21,8 @@ struct device {
 	_Atomic int64_t used_bytes;
 	_Atomic int64_t limit_bytes; /* data is admitted up to here */
 	struct workers *workers;
+	struct sizes *sizes; /* of files that grow in persistent memory; or NULL */
+	bool map_sync;       /* DAX: a mapping needs no msync */
 };
 
 struct device *device_new(int objects_fd, bool slow, bool memory, bool power);

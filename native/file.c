@@ -35,6 +35,8 @@ static void backing_close(struct job *job, char *scratch)
 	int data_fd = atomic_load(&b->data_fd);
 
 	(void)scratch;
+	if (b->pmem != NULL)
+		pmem_close(b->pmem);
 	if (data_fd >= 0)
 		close_counted(b, data_fd);
 	if (b->shadow_fd >= 0)
@@ -71,6 +73,19 @@ static struct backing *backing_new(struct device *dev, int shadow_fd, int data_f
 struct backing *backing_plain(struct device *dev, int data_fd)
 {
 	return backing_new(dev, -1, data_fd);
+}
+
+struct backing *backing_growing(struct device *dev, int data_fd, struct pmem *p)
+{
+	struct backing *b = backing_new(dev, -1, data_fd);
+
+	if (b == NULL) {
+		pmem_close(p);
+		return NULL;
+	}
+	b->pmem = p;
+	b->entries_dirty = true;
+	return b;
 }
 
 struct backing *backing_object(struct device *dev, int shadow_fd, int data_fd,
@@ -161,7 +176,7 @@ struct file *file_open(struct front *f, uint64_t ino, struct backing *b)
 	file->backing = b;
 	file->parked_tail = &file->parked;
 	file->nlink = 1;
-	file->changed_seq = b->entries_dirty ? 1 : 0;
+	file->changed_seq = b->entries_dirty && b->object != NULL ? 1 : 0;
 	file->counted_bytes = allocated_bytes(atomic_load(&b->data_fd));
 	pthread_mutex_init(&file->lock, NULL);
 
@@ -244,7 +259,13 @@ int file_stat(struct file *file, struct stat *st)
 	struct backing *b = file_backing(file);
 	int err = fstat(backing_attr_fd(b), st) == 0 ? 0 : -errno;
 
-	if (err == 0 && b->shadow_fd >= 0) {
+	if (err == 0 && b->pmem != NULL) {
+		uint64_t mtime = pmem_mtime_ns(b->pmem);
+		st->st_size = (off_t)pmem_size(b->pmem);
+		st->st_blocks = (st->st_size + 511) / 512;
+		st->st_mtim.tv_sec = (time_t)(mtime / 1000000000u);
+		st->st_mtim.tv_nsec = (long)(mtime % 1000000000u);
+	} else if (err == 0 && b->shadow_fd >= 0) {
 		pthread_mutex_lock(&file->lock);
 		/* Until its object is opened, the size is the best guess. */
 		st->st_blocks = atomic_load(&b->data_fd) >= 0
@@ -402,6 +423,31 @@ void file_count(struct file *file, struct backing *b)
 	/* A READ that a re-pointing overtook opens the old object. */
 	if (b == file->backing)
 		file->counted_bytes = now;
+	pthread_mutex_unlock(&file->lock);
+}
+
+bool file_first_write(struct file *file)
+{
+	pthread_mutex_lock(&file->lock);
+	bool first = !file->told_written;
+	file->told_written = true;
+	pthread_mutex_unlock(&file->lock);
+	return first;
+}
+
+bool file_begin_growing(struct file *file)
+{
+	pthread_mutex_lock(&file->lock);
+	bool begun = !file->growing;
+	file->growing = true;
+	pthread_mutex_unlock(&file->lock);
+	return begun;
+}
+
+void file_end_growing(struct file *file)
+{
+	pthread_mutex_lock(&file->lock);
+	file->growing = false;
 	pthread_mutex_unlock(&file->lock);
 }
 

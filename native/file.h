@@ -20,6 +20,7 @@
 
 #include "device.h"
 #include "front.h"
+#include "pmem.h"
 
 struct backing {
 	struct job close_job; /* first */
@@ -30,6 +31,7 @@ struct backing {
 	pthread_mutex_t open_lock;
 	pthread_mutex_t sync_lock; /* held by the fsync under way */
 	_Atomic int data_fd; /* -1: an object that no I/O has opened yet */
+	struct pmem *pmem;   /* it grows in persistent memory; else NULL */
 	bool create;        /* the object may not exist yet */
 	bool entries_dirty; /* its directory entries were not fsynced */
 };
@@ -50,6 +52,8 @@ struct file {
 	struct backing *backing;
 	bool gate_closed;
 	bool starving;     /* Python was told of the lack of room */
+	bool growing;      /* a job makes it grow ahead of its writer */
+	bool told_written; /* EVENT_WRITTEN was put */
 	unsigned changes;  /* WRITE, FALLOCATE, truncate, FSYNC under way */
 	struct request *parked, **parked_tail;
 	int64_t counted_bytes; /* what the device's used_bytes holds of it */
@@ -67,6 +71,8 @@ struct file {
 struct backing *backing_plain(struct device *dev, int data_fd);
 struct backing *backing_object(struct device *dev, int shadow_fd, int data_fd,
 			       const char *object, bool create, bool synced);
+/* A plain file that grows in persistent memory; takes p over as well. */
+struct backing *backing_growing(struct device *dev, int data_fd, struct pmem *p);
 struct backing *backing_ref(struct backing *b);
 void backing_unref(struct backing *b);
 /* Where the attributes are. */
@@ -106,6 +112,12 @@ void file_settle(struct file *file, struct backing *b, int64_t reserved);
 
 /* The backing was opened just now: what it has allocated counts already. */
 void file_count(struct file *file, struct backing *b);
+
+/* True the first time. */
+bool file_first_write(struct file *file);
+/* One job at a time makes a file grow ahead of its writer. */
+bool file_begin_growing(struct file *file);
+void file_end_growing(struct file *file);
 
 void file_mark_changed(struct file *file);
 /* True when there is something to sync; *seq is for file_synced. */

@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
@@ -82,6 +83,15 @@ static bool should_defer(const struct io *io)
 	return io->r == NULL && !io->b->dev->memory;
 }
 
+static size_t within_size(const struct pmem *p, uint64_t offset, size_t want)
+{
+	uint64_t size = pmem_size(p);
+
+	if (offset >= size)
+		return 0;
+	return want < size - offset ? want : (size_t)(size - offset);
+}
+
 static enum io_result read_(struct io *io)
 {
 	const struct fuse_read_in *arg = io->arg;
@@ -93,6 +103,8 @@ static enum io_result read_(struct io *io)
 	if (err < 0)
 		return answer(io, -err, NULL, 0);
 	int fd = atomic_load(&io->b->data_fd);
+	if (io->b->pmem != NULL)
+		want = within_size(io->b->pmem, arg->offset, want);
 	while (done < want) {
 		struct iovec iov = {io->scratch + done, want - done};
 		ssize_t n = preadv2(fd, &iov, 1, (off_t)(arg->offset + done),
@@ -200,12 +212,156 @@ static bool enter_change(struct io *io, enum io_result *result)
 	return false;
 }
 
+/* -- files that grow in persistent memory ------------------------------------ */
+
+/* So much at a time: as much again as it has, within bounds. */
+enum { GROW_MIN = 2 << 20, GROW_MAX = 32 << 20 };
+
+static uint64_t growth(const struct pmem *p)
+{
+	uint64_t size = pmem_size(p);
+
+	return size < GROW_MIN ? GROW_MIN : size > GROW_MAX ? GROW_MAX : size;
+}
+
+/* Up to end; -ENOSPC when the device has no room.  Within a change. */
+static int grow(struct file *file, struct backing *b, uint64_t end)
+{
+	uint64_t capacity = pmem_capacity(b->pmem);
+	int64_t reserved = end > capacity ? (int64_t)(end - capacity) : 0;
+
+	if (!device_reserve(b->dev, reserved))
+		return -ENOSPC;
+	int err = pmem_grow(b->pmem, end);
+	file_settle(file, b, reserved);
+	return err;
+}
+
+struct grow_ahead {
+	struct job job; /* first */
+	struct file *file;
+};
+
+static void run_grow_ahead(struct job *job, char *scratch)
+{
+	struct grow_ahead *g = (struct grow_ahead *)job;
+
+	(void)scratch;
+	if (file_enter(g->file, NULL)) {
+		struct backing *b = file_backing(g->file);
+		if (b->pmem != NULL)
+			/* Without room the writer will find out. */
+			(void)grow(g->file, b, pmem_capacity(b->pmem) + growth(b->pmem));
+		backing_unref(b);
+		file_leave(g->file);
+	}
+	file_end_growing(g->file);
+	file_unref(g->file);
+	free(g);
+}
+
+/* The writer shall not wait for it: half of what was added last is left. */
+static void grow_ahead_if_need_be(struct io *io, uint64_t end)
+{
+	struct pmem *p = io->b->pmem;
+
+	if (end + growth(p) / 2 < pmem_capacity(p) || io->b->dev->workers == NULL ||
+	    !file_begin_growing(io->file))
+		return;
+	struct grow_ahead *g = malloc(sizeof(*g));
+	if (g == NULL) {
+		file_end_growing(io->file);
+		return;
+	}
+	*g = (struct grow_ahead){.job.run = run_grow_ahead, .file = file_ref(io->file)};
+	workers_submit(io->b->dev->workers, &g->job);
+}
+
+static enum io_result write_growing(struct io *io, const struct fuse_write_in *arg)
+{
+	struct fuse_write_out out = {.size = arg->size};
+	uint64_t end = arg->offset + arg->size;
+	enum io_result result;
+
+	if (!enter_change(io, &result))
+		return result;
+	int err = pmem_write(io->b->pmem, io->payload, arg->size, arg->offset);
+	if (err == -EAGAIN && io->r == NULL) {
+		file_leave(io->file);
+		return to_worker(io);
+	}
+	if (err == -EAGAIN) {
+		err = grow(io->file, io->b, end);
+		if (err == 0)
+			err = pmem_write(io->b->pmem, io->payload, arg->size, arg->offset);
+	}
+	if (is_full(err))
+		return park_for_room(io);
+	if (err == 0)
+		grow_ahead_if_need_be(io, end);
+	file_leave(io->file);
+	if (err < 0) {
+		events_put(io->f->events, EVENT_IO_ERROR, io->file->ino, -err);
+		return answer(io, -err, NULL, 0);
+	}
+	return answer(io, 0, &out, sizeof(out));
+}
+
+int io_grow(struct file *file, uint64_t end)
+{
+	struct backing *b = file_backing(file);
+	int err = b->pmem != NULL ? grow(file, b, end) : -EINVAL;
+
+	backing_unref(b);
+	return err;
+}
+
+int io_start_growing(struct file *file, unsigned number)
+{
+	struct backing *b = file_backing(file), *growing = NULL;
+	int err = -EINVAL;
+
+	if (b->pmem == NULL && b->shadow_fd < 0 && b->dev->sizes != NULL) {
+		int fd = fcntl(atomic_load(&b->data_fd), F_DUPFD_CLOEXEC, 0);
+		struct pmem *p = fd < 0 ? NULL
+					: pmem_open(fd, b->dev->sizes, number, b->dev->map_sync);
+		if (p != NULL)
+			growing = backing_growing(b->dev, fd, p);
+		err = growing != NULL ? 0 : -errno;
+		if (p == NULL && fd >= 0)
+			close(fd);
+	}
+	if (growing != NULL)
+		file_repoint(file, growing);
+	backing_unref(b);
+	return err;
+}
+
+int io_seal(struct file *file)
+{
+	struct backing *b = file_backing(file);
+	int err = b->pmem != NULL ? pmem_seal(b->pmem) : 0;
+
+	if (err == 0 && b->pmem != NULL) {
+		int fd = fcntl(atomic_load(&b->data_fd), F_DUPFD_CLOEXEC, 0);
+		struct backing *plain = fd < 0 ? NULL : backing_plain(b->dev, fd);
+		if (plain != NULL)
+			file_repoint(file, plain);
+		else
+			err = -errno;
+	}
+	backing_unref(b);
+	return err;
+}
+
 static enum io_result write_(struct io *io)
 {
 	const struct fuse_write_in *arg = io->arg;
 	struct fuse_write_out out = {.size = arg->size};
 	enum io_result result;
 
+	if (io->b->pmem != NULL)
+		return write_growing(io, arg);
 	if (must_defer(io) || (io->b->dev->power && should_defer(io)))
 		return to_worker(io);
 	if (!enter_change(io, &result))
@@ -219,6 +375,8 @@ static enum io_result write_(struct io *io)
 	}
 	int err = write_backing(io, arg);
 	file_settle(io->file, io->b, reserved);
+	if (io->b->dev->sizes != NULL && io->b->shadow_fd < 0 && file_first_write(io->file))
+		events_put(io->f->events, EVENT_WRITTEN, io->file->ino, 0);
 	if (is_full(err))
 		return park_for_room(io);
 	file_leave(io->file);
@@ -237,6 +395,8 @@ static int sync_locked(struct file *file, struct backing *b, bool data_only)
 	 * segment when it stops. */
 	if (!file_unsynced(file, &seq) && b->shadow_fd >= 0)
 		return 0;
+	if (b->pmem != NULL && !b->entries_dirty)
+		return 0;
 	int err = object_open(file, b);
 	if (err < 0)
 		return err;
@@ -247,6 +407,8 @@ static int sync_locked(struct file *file, struct backing *b, bool data_only)
 		err = -errno;
 	else if (b->object != NULL)
 		err = object_sync_entries(b);
+	else
+		b->entries_dirty = false;
 	file_synced(file, seq, -err);
 	return err;
 }
@@ -269,6 +431,9 @@ static enum io_result fsync_(struct io *io)
 
 	/* A clean file on a slow device: nothing there may be touched. */
 	if (must_defer(io) && !file_unsynced(io->file, &seq))
+		return answer(io, file_handle_error(io->file, arg->fh), NULL, 0);
+	/* What was written there is durable, and so is the file since its first fsync. */
+	if (io->b->pmem != NULL && !io->b->entries_dirty)
 		return answer(io, file_handle_error(io->file, arg->fh), NULL, 0);
 	if (should_defer(io))
 		return to_worker(io);
@@ -352,7 +517,7 @@ static int truncate_here(struct io *io, int64_t size)
 	struct backing *now = file_backing(io->file);
 	struct stat st;
 	int fd = atomic_load(&now->data_fd);
-	if (now->shadow_fd < 0 && !now->dev->slow && fstat(fd, &st) == 0 &&
+	if (now->shadow_fd < 0 && now->pmem == NULL && !now->dev->slow && fstat(fd, &st) == 0 &&
 	    (int64_t)st.st_blocks * 512 <= LONG_FREE_BYTES)
 		err = truncate_backing(io->file, now, size);
 	backing_unref(now);
@@ -400,7 +565,7 @@ static enum io_result fallocate_(struct io *io)
 	int64_t reserved = arg->mode & FALLOC_FL_PUNCH_HOLE ? 0 : (int64_t)arg->length;
 	enum io_result result;
 
-	if (arg->mode & ~(uint32_t)FALLOCATE_MODES)
+	if (arg->mode & ~(uint32_t)FALLOCATE_MODES || io->b->pmem != NULL)
 		return answer(io, EOPNOTSUPP, NULL, 0);
 	if (must_defer(io) || should_defer(io))
 		return to_worker(io);
@@ -429,6 +594,12 @@ static enum io_result lseek_(struct io *io)
 	off_t at = lseek(atomic_load(&io->b->data_fd), (off_t)arg->offset, (int)arg->whence);
 	if (at < 0)
 		return answer(io, errno, NULL, 0);
+	if (io->b->pmem != NULL) { /* what is allocated ahead is not there */
+		off_t size = (off_t)pmem_size(io->b->pmem);
+		if ((off_t)arg->offset >= size)
+			return answer(io, ENXIO, NULL, 0);
+		at = at < size ? at : size;
+	}
 	out.offset = (uint64_t)at;
 	return answer(io, 0, &out, sizeof(out));
 }
@@ -443,7 +614,8 @@ static ssize_t copy_plain(struct io *io, struct file *to_file,
 	off_t from_off = (off_t)arg->off_in, to_off = (off_t)arg->off_out;
 	int64_t reserved = arg->len < IO_BYTES_MAX ? (int64_t)arg->len : IO_BYTES_MAX;
 
-	if (io->b->shadow_fd < 0 && to->shadow_fd < 0 && !to->dev->power &&
+	if (io->b->shadow_fd < 0 && io->b->pmem == NULL && to->shadow_fd < 0 &&
+	    to->pmem == NULL && !to->dev->power &&
 	    device_reserve(to->dev, reserved)) {
 		copied = copy_file_range(atomic_load(&io->b->data_fd), &from_off,
 					 atomic_load(&to->data_fd), &to_off,
@@ -554,7 +726,7 @@ int io_truncate(struct file *file, int64_t size)
 	if (!file_enter(file, NULL))
 		return -EAGAIN;
 	struct backing *b = file_backing(file);
-	int err = truncate_backing(file, b, size);
+	int err = b->pmem != NULL ? -EBUSY : truncate_backing(file, b, size);
 	backing_unref(b);
 	file_leave(file);
 	return err;

@@ -21,13 +21,21 @@ bool io_dispatch(struct front *f, const struct fuse_in_header *in, char *scratch
 /* A parked request goes on, on the file's backing of now. */
 void io_resubmit(struct request *r);
 
-/* Sets the size; 0, -EAGAIN while the gate is closed, or -errno.  May block
- * when the data is on a slow device. */
+/* Sets the size; 0, -EAGAIN while the gate is closed, -EBUSY while the file
+ * grows in persistent memory, or -errno.  May block on a slow device. */
 int io_truncate(struct file *file, int64_t size);
 
 /* What FSYNC does, without a handle, and for an object the times of its
- * shadow; 0, -EAGAIN while the gate is closed, or
- * -errno.  May block. */
+ * shadow; 0, -EAGAIN while the gate is closed, or -errno.  May block. */
 int io_sync(struct file *file);
+
+/* Makes room in a growing file up to end; 0 or -errno.  May block. */
+int io_grow(struct file *file, uint64_t end);
+/* Makes a plain file one that grows in persistent memory, with this slot,
+ * which has its size; only with the gate closed and quiet.  0 or -errno. */
+int io_start_growing(struct file *file, unsigned number);
+/* Makes a growing file one as any other; only with the gate closed and quiet.
+ * 0 or -errno.  May block. */
+int io_seal(struct file *file);
 
 #endif

@@ -104,7 +104,81 @@ static PyObject *get_queued(DeviceObject *self, void *closure)
 		self->dev->workers == NULL ? 0 : workers_queued(self->dev->workers));
 }
 
+static PyObject *device_open_sizes(DeviceObject *self, PyObject *args)
+{
+	int dir_fd, sync;
+	unsigned count;
+
+	if (!PyArg_ParseTuple(args, "iIp", &dir_fd, &count, &sync))
+		return NULL;
+	if (self->dev->sizes != NULL)
+		return none_or_errno(-EBUSY);
+	Py_BEGIN_ALLOW_THREADS
+	self->dev->sizes = sizes_open(dir_fd, count, sync);
+	Py_END_ALLOW_THREADS
+	if (self->dev->sizes == NULL)
+		return PyErr_SetFromErrno(PyExc_OSError);
+	self->dev->map_sync = sync;
+	Py_RETURN_NONE;
+}
+
+static struct sizes *opened_sizes(DeviceObject *self)
+{
+	if (self->dev->sizes == NULL)
+		PyErr_SetString(PyExc_ValueError, "the sizes are not open");
+	return self->dev->sizes;
+}
+
+static PyObject *device_slots(DeviceObject *self, PyObject *ignored)
+{
+	struct sizes *s = opened_sizes(self);
+	PyObject *list = s == NULL ? NULL : PyList_New(0);
+
+	(void)ignored;
+	for (unsigned i = 1; list != NULL && i < s->count; i++) {
+		const struct slot *slot = &s->slots[i];
+		unsigned long long nonce = atomic_load(&slot->nonce);
+		if (nonce == 0)
+			continue;
+		PyObject *item = Py_BuildValue(
+			"(IKKKK)", i, nonce, (unsigned long long)atomic_load(&slot->ino),
+			(unsigned long long)atomic_load(&slot->size),
+			(unsigned long long)atomic_load(&slot->mtime_ns));
+		if (item == NULL || PyList_Append(list, item) != 0)
+			Py_CLEAR(list);
+		Py_XDECREF(item);
+	}
+	return list;
+}
+
+static PyObject *device_take_slot(DeviceObject *self, PyObject *args)
+{
+	unsigned long long nonce, ino, size, mtime_ns;
+
+	if (opened_sizes(self) == NULL ||
+	    !PyArg_ParseTuple(args, "KKKK", &nonce, &ino, &size, &mtime_ns))
+		return NULL;
+	int number = sizes_take(self->dev->sizes, nonce, ino, size, mtime_ns);
+	return number < 0 ? none_or_errno(number) : PyLong_FromLong(number);
+}
+
+static PyObject *device_give_slot_back(DeviceObject *self, PyObject *arg)
+{
+	unsigned long number = PyLong_AsUnsignedLong(arg);
+
+	if (PyErr_Occurred() || opened_sizes(self) == NULL)
+		return NULL;
+	if (number == 0 || number >= self->dev->sizes->count)
+		return none_or_errno(-EINVAL);
+	sizes_give_back(self->dev->sizes, (unsigned)number);
+	Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
+	{"open_sizes", (PyCFunction)device_open_sizes, METH_VARARGS, NULL},
+	{"slots", (PyCFunction)device_slots, METH_NOARGS, NULL},
+	{"take_slot", (PyCFunction)device_take_slot, METH_VARARGS, NULL},
+	{"give_slot_back", (PyCFunction)device_give_slot_back, METH_O, NULL},
 	{"stop", (PyCFunction)device_stop_py, METH_NOARGS, NULL},
 	{"add_used", (PyCFunction)device_add_used, METH_O, NULL},
 	{NULL, NULL, 0, NULL},

@@ -117,6 +117,84 @@ static PyObject *repoint_object(FileObject *self, PyObject *args)
 		       backing_object(device->dev, shadow_fd, data_fd, object, false, true));
 }
 
+static PyObject *grow_py(FileObject *self, PyObject *arg)
+{
+	unsigned long long end = PyLong_AsUnsignedLongLong(arg);
+	struct file *file = opened(self);
+	int err;
+
+	if (file == NULL || PyErr_Occurred())
+		return NULL;
+	file_ref(file);
+	Py_BEGIN_ALLOW_THREADS
+	err = io_grow(file, end);
+	file_unref(file);
+	Py_END_ALLOW_THREADS
+	return none_or_errno(err);
+}
+
+static PyObject *start_growing_py(FileObject *self, PyObject *args)
+{
+	struct file *file = opened(self);
+	unsigned number;
+	int err;
+
+	if (file == NULL || !PyArg_ParseTuple(args, "I", &number))
+		return NULL;
+	file_ref(file);
+	Py_BEGIN_ALLOW_THREADS
+	err = io_start_growing(file, number);
+	file_unref(file);
+	Py_END_ALLOW_THREADS
+	return none_or_errno(err);
+}
+
+static PyObject *set_mtime_py(FileObject *self, PyObject *arg)
+{
+	unsigned long long mtime_ns = PyLong_AsUnsignedLongLong(arg);
+
+	if (opened(self) == NULL || PyErr_Occurred())
+		return NULL;
+	struct backing *b = file_backing(self->file);
+	if (b->pmem != NULL)
+		pmem_set_mtime(b->pmem, mtime_ns);
+	backing_unref(b);
+	Py_RETURN_NONE;
+}
+
+static PyObject *seal_py(FileObject *self, PyObject *ignored)
+{
+	struct file *file = opened(self);
+	int err;
+
+	(void)ignored;
+	if (file == NULL)
+		return NULL;
+	file_ref(file);
+	Py_BEGIN_ALLOW_THREADS
+	err = io_seal(file);
+	file_unref(file);
+	Py_END_ALLOW_THREADS
+	return none_or_errno(err);
+}
+
+/* (size, mtime in ns) of a file that grows in persistent memory, or None. */
+static PyObject *get_growing(FileObject *self, void *closure)
+{
+	(void)closure;
+	if (opened(self) == NULL)
+		return NULL;
+	struct backing *b = file_backing(self->file);
+	PyObject *result = Py_None;
+	if (b->pmem != NULL)
+		result = Py_BuildValue("(KK)", (unsigned long long)pmem_size(b->pmem),
+				       (unsigned long long)pmem_mtime_ns(b->pmem));
+	else
+		Py_INCREF(result);
+	backing_unref(b);
+	return result;
+}
+
 static PyObject *truncate_py(FileObject *self, PyObject *arg)
 {
 	long long size = PyLong_AsLongLong(arg);
@@ -248,6 +326,10 @@ static PyMethodDef methods[] = {
 	{"end_starving", (PyCFunction)end_starving, METH_O, NULL},
 	{"repoint_plain", (PyCFunction)repoint_plain, METH_VARARGS, NULL},
 	{"repoint_object", (PyCFunction)repoint_object, METH_VARARGS, NULL},
+	{"grow", (PyCFunction)grow_py, METH_O, NULL},
+	{"start_growing", (PyCFunction)start_growing_py, METH_VARARGS, NULL},
+	{"set_mtime", (PyCFunction)set_mtime_py, METH_O, NULL},
+	{"seal", (PyCFunction)seal_py, METH_NOARGS, NULL},
 	{"truncate", (PyCFunction)truncate_py, METH_O, NULL},
 	{"sync", (PyCFunction)sync_py, METH_NOARGS, NULL},
 	{"open_data", (PyCFunction)open_data, METH_NOARGS, NULL},
@@ -260,6 +342,7 @@ static PyGetSetDef members[] = {
 	{"attr_fd", (getter)get_attr_fd, NULL, NULL, NULL},
 	{"data_fd", (getter)get_data_fd, NULL, NULL, NULL},
 	{"counted_bytes", (getter)get_counted, NULL, NULL, NULL},
+	{"growing", (getter)get_growing, NULL, NULL, NULL},
 	{"error_unseen", (getter)get_error_unseen, NULL, NULL, NULL},
 	{"unsynced", (getter)get_unsynced, NULL, NULL, NULL},
 	{"nlink", (getter)get_nlink, (setter)set_nlink, NULL, NULL},

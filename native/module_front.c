@@ -109,6 +109,27 @@ static PyObject *open_plain(FrontObject *self, PyObject *args)
 	return wrap_file(self, ino, backing_plain(device->dev, data_fd));
 }
 
+static PyObject *open_growing(FrontObject *self, PyObject *args)
+{
+	unsigned long long ino;
+	DeviceObject *device;
+	struct pmem *p = NULL;
+	unsigned number;
+	int data_fd;
+
+	if (!PyArg_ParseTuple(args, "KO!iI", &ino, native_state()->device_type, &device, &data_fd,
+			      &number))
+		return NULL;
+	struct sizes *sizes = device->dev->sizes;
+	if (sizes == NULL || number == 0 || number >= sizes->count)
+		errno = EINVAL;
+	else
+		p = pmem_open(data_fd, sizes, number, device->dev->map_sync);
+	if (p == NULL)
+		return PyErr_SetFromErrno(PyExc_OSError); /* data_fd is still the caller's */
+	return wrap_file(self, ino, backing_growing(device->dev, data_fd, p));
+}
+
 static PyObject *open_object(FrontObject *self, PyObject *args)
 {
 	unsigned long long ino;
@@ -165,6 +186,7 @@ static PyMethodDef methods[] = {
 	{"stop", (PyCFunction)stop, METH_NOARGS, NULL},
 	{"take_events", (PyCFunction)take_events, METH_NOARGS, NULL},
 	{"open_plain", (PyCFunction)open_plain, METH_VARARGS, NULL},
+	{"open_growing", (PyCFunction)open_growing, METH_VARARGS, NULL},
 	{"open_object", (PyCFunction)open_object, METH_VARARGS, NULL},
 	{NULL, NULL, 0, NULL},
 };

@@ -9,6 +9,8 @@
 #include <unistd.h>
 
 #include "object.h"
+#include "persist.h"
+#include "pmem.h"
 #include "sys.h"
 
 static PyObject *py_open_beneath(PyObject *self, PyObject *args)
@@ -131,12 +133,28 @@ static PyObject *py_set_io_flusher(PyObject *self, PyObject *ignored)
 	return none_or_errno(prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) == 0 ? 0 : -errno);
 }
 
+static PyObject *py_catch_media_errors(PyObject *self, PyObject *ignored)
+{
+	(void)self;
+	(void)ignored;
+	return none_or_errno(pmem_catch_media_errors());
+}
+
+static PyObject *py_caches_survive(PyObject *self, PyObject *ignored)
+{
+	(void)self;
+	(void)ignored;
+	return PyBool_FromLong(persist_caches_survive());
+}
+
 PyMethodDef syscall_methods[] = {
 	{"open_beneath", py_open_beneath, METH_VARARGS, NULL},
 	{"make_dirs", py_make_dirs, METH_VARARGS, NULL},
 	{"rename", py_rename, METH_VARARGS, NULL},
 	{"copy_data", py_copy_data, METH_VARARGS, NULL},
 	{"syncfs", py_syncfs, METH_VARARGS, NULL},
+	{"catch_media_errors", py_catch_media_errors, METH_NOARGS, NULL},
+	{"caches_survive", py_caches_survive, METH_NOARGS, NULL},
 	{"is_dax", py_is_dax, METH_VARARGS, NULL},
 	{"mount", py_mount, METH_VARARGS, NULL},
 	{"umount", py_umount, METH_VARARGS, NULL},

@@ -53,6 +53,15 @@ def with_changes(status: os.stat_result, changes: Changes) -> os.stat_result:
     return os.stat_result(values, extra)
 
 
+def with_size(status: os.stat_result, size: int, mtime_ns: int) -> os.stat_result:
+    """A status of a file that is longer on the device than it is."""
+    values = list(status)
+    values[stat.ST_SIZE] = size
+    extra = {name: getattr(status, name) for name in _EXTRA_FIELDS}
+    extra |= {"st_blocks": -(-size // 512), "st_mtime_ns": mtime_ns}
+    return os.stat_result(values, extra)
+
+
 def as_empty_file(status: os.stat_result) -> os.stat_result:
     """A status of an empty regular file with the owner and the times of this one."""
     values = list(status)

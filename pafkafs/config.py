@@ -13,6 +13,8 @@ from pafkafs.units import parse_size
 
 WHOLE_FILESYSTEM = -1
 DURABILITIES = ("power", "process")
+PMEM_CHOICES = ("auto", "on", "off")
+POOL_RATIO = 0.8
 MODES = tuple(mode.value for mode in Mode)
 
 
@@ -28,6 +30,8 @@ class MountOptions:
     mode: Mode
     durability: str | None  # None: power on DAX, process elsewhere
     log_file: str | None
+    pmem: str
+    pool_ratio: float
 
     @property
     def source(self) -> str:
@@ -44,6 +48,8 @@ KEYS = (
     "mode",
     "durability",
     "log-file",
+    "pmem",
+    "pool-ratio",
 )
 
 
@@ -78,7 +84,20 @@ def mount_options(config: Mapping[str, Any], given: Mapping[str, Any]) -> MountO
         mode=Mode(_choice(merged, "mode", MODES) or Mode.TIERED.value),
         durability=_choice(merged, "durability", DURABILITIES),
         log_file=_text(merged, "log-file") if "log-file" in merged else None,
+        pmem=_choice(merged, "pmem", PMEM_CHOICES) or "auto",
+        pool_ratio=_share(merged, "pool-ratio", POOL_RATIO),
     )
+
+
+def _share(options: Mapping[str, Any], key: str, default: float) -> float:
+    value = options.get(key, default)
+    try:
+        share = float(value)
+    except (TypeError, ValueError):
+        share = -1.0
+    if not 0.0 <= share <= 1.0:
+        raise UsageError(f"'{value}' is no {key}; give a share between 0 and 1")
+    return share
 
 
 def _text(options: Mapping[str, Any], key: str) -> str:

@@ -15,7 +15,7 @@ from typing import TypeVar
 import pyfuse3
 import trio
 
-from pafkafs import _native, control, deviceset, garbage, mountpoint, recovery, status
+from pafkafs import _native, control, deviceset, garbage, growing, mountpoint, recovery, status
 from pafkafs.config import MountOptions
 from pafkafs.device import Device, Home, device_kind, open_device, open_home
 from pafkafs.errors import PafkafsError
@@ -56,7 +56,10 @@ class Mount:
             lambda: _open_devices(options)
         )
         self._by_id = {device.id: device for device in self.devices}
-        self._scan = recovery.scan_tree(self.home, self._by_id, paths)
+        self._sizes = _open_sizes(self.devices[0], options.pmem)
+        self._scan = recovery.scan_tree(self.home, self._by_id, paths, self._sizes)
+        if self._sizes is not None and self._scan.unreadable is None:
+            self._sizes.finish()
         self._old_shadows = os.listdir(self.home.shadows_fd)
         _count(self.devices, self._scan)
 
@@ -159,6 +162,7 @@ class Mount:
         self._files = OpenFiles(
             self._front, nursery, lambda file: self._namespace.file_closed(file)
         )
+        self._pool: growing.Pool | None = None
         self._namespace = Namespace(
             self.home,
             self._by_id,
@@ -167,6 +171,17 @@ class Mount:
             self._place,
             durable_names=self.durability == "power",
         )
+        if self._sizes is not None:
+            nodes = self._namespace.nodes
+            self._pool = growing.Pool(
+                self._front,
+                self.devices[0],
+                self.home.tree_fd,
+                self.options.pool_ratio,
+                nodes.new_ino,
+            )
+            self._namespace.pool = self._pool
+            nursery.start_soon(self._pool.run)
         self._spiller = Spiller(self._namespace, self.home, self._by_id, self.options.mode)
         self._reconciler = recovery.Reconciler(self._namespace, self.home, self._scan)
         operations = Filesystem(self._namespace, self.devices)
@@ -210,6 +225,8 @@ class Mount:
         file = node.file
         if kind == _native.EVENT_NO_ROOM:
             self._files.start_soon(self._spiller.make_room, file)
+        elif kind == _native.EVENT_WRITTEN:
+            self._files.start_soon(self._grow_if_active, file)
         elif kind == _native.EVENT_QUIET and file.quiet is not None:
             file.quiet.set()
         elif kind == _native.EVENT_RECONCILED:
@@ -222,6 +239,11 @@ class Mount:
             )
         elif kind == _native.EVENT_IO_ERROR:
             file.device.failed(f"{os.fsdecode(node.path())}: {os.strerror(value)}")
+
+    async def _grow_if_active(self, file: OpenFile) -> None:
+        """A segment that is written to after a restart grows on in persistent memory."""
+        if self._namespace.is_active_segment(file.node):
+            await growing.start(self._files, file)
 
     async def _watch_usage(self, device: Device) -> None:
         while True:
@@ -328,6 +350,7 @@ class Mount:
 
     async def _sync_file(self, file: OpenFile) -> None:
         try:
+            await file.seal()
             await file.sync()
         except OSError as error:
             file.device.failed(f"fsync at unmount: {error.strerror}")
@@ -403,6 +426,21 @@ def _within_patience(act: Callable[[], T]) -> T:
             f"a device has not answered for {_DEVICE_PATIENCE_S:.0f} s: check it with dmesg"
         )
     return results[0]
+
+
+def _open_sizes(device: Device, pmem: str) -> growing.Recovery | None:
+    """What was growing in persistent memory when the last mount ended; None when nothing may."""
+    used = pmem == "on" or (pmem == "auto" and device.kind == "dax")
+    if not used and not growing.was_used(device):
+        return None
+    try:
+        growing.open_sizes(device)
+    except OSError as error:
+        raise PafkafsError(
+            f"cannot use {os.fsdecode(device.path)}/sizes: {error.strerror}"
+        ) from error
+    _native.catch_media_errors()
+    return growing.Recovery(device)
 
 
 def _count(devices: list[Device], scan: recovery.Scan) -> None:

@@ -70,6 +70,21 @@ class OpenFile:
         self.gate_open.set()
         self.gate_open = None
 
+    async def closed_gate(self, act: Callable[[], None]) -> None:
+        """Runs what replaces the backing in a thread of the device, with the gate closed."""
+        while self.gate_open is not None:
+            await self.gate_open.wait()
+        await self.close_gate()
+        try:
+            await self.device.run(act)
+        finally:
+            self.open_gate()
+
+    async def seal(self) -> None:
+        """A file that grows in persistent memory is as any other when this returns."""
+        if self.native.growing is not None:
+            await self.closed_gate(self.native.seal)
+
     async def truncate(self, size: int) -> None:
         """Sets the size; waits at the gate, and in a worker for a slow device."""
         await self._with_gate_open(
@@ -134,6 +149,10 @@ class OpenFiles:
         file.node.file = file
         self._open.add(file)
         return file
+
+    def attach_growing(self, node: Node, device: Device, native: _native.File) -> OpenFile:
+        """Makes node's open file of one that grows in persistent memory."""
+        return self._attach(OpenFile(node, native, device, read_only=False))
 
     def attach_object(
         self, node: Node, device: Device, shadow_fd: int, *, create: bool, nlink: int
@@ -209,12 +228,29 @@ class OpenFiles:
                 file.users += 1
                 self._nursery.start_soon(self._sync_and_close, file)
                 return
+            if file.native.growing is not None:
+                file.users += 1
+                self._nursery.start_soon(self._seal_and_close, file)
+                return
             if file.native.error_unseen:
                 return
         self._open.discard(file)
         self._on_closed(file)
         file.native.close()
         file.node.file = None
+
+    async def _seal_and_close(self, file: OpenFile) -> None:
+        await self.seal(file)
+        if file.native.growing is None:
+            self._end_use(file)  # else recovery has to do it
+
+    async def seal(self, file: OpenFile) -> None:
+        """Seals; a failure is told, and the file goes on growing."""
+        try:
+            async with self.used(file):
+                await file.seal()
+        except OSError as error:
+            file.device.failed(f"cannot seal {os.fsdecode(file.node.path())}: {error.strerror}")
 
     async def _sync_and_close(self, file: OpenFile) -> None:
         try:

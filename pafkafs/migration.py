@@ -89,6 +89,8 @@ class Spiller:
         """
         await file.close_gate()
         try:
+            if file.native.growing is not None:
+                await file.device.run(file.native.seal)
             if not await self._move_anywhere(file):
                 file.native.end_starving(errno.ENOSPC)
         finally:

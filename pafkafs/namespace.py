@@ -7,6 +7,7 @@ thread runs them all, inline.
 import errno
 import os
 import stat
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pafkafs import _native, layout
 from pafkafs.attributes import Changes, apply_changes
 from pafkafs.device import Device, Home
 from pafkafs.files import LONG_FREE, OpenFile, OpenFiles
+from pafkafs.growing import Pool, link_into
 from pafkafs.nodes import Attributes, Node
 from pafkafs.objects import ObjectUpkeep
 from pafkafs.tree import Tree, is_bulk_name
@@ -77,6 +79,8 @@ class Namespace(Tree):
         super().__init__(home, devices, files, upkeep)
         self._place = place
         self._durable_names = durable_names
+        self.pool: Pool | None = None  # of new segments in persistent memory
+        self._newest: dict[Node, OpenFile] = {}  # the growing file of a partition directory
         self._privileged = os.geteuid() == 0
 
     # -- making -------------------------------------------------------------------------------
@@ -86,9 +90,14 @@ class Namespace(Tree):
     ) -> tuple[Node, int]:
         """A new regular file on the device that placement chooses, and a handle of it."""
         self._check_inodes()
-        device = self._place(is_bulk_name(parent, name))
+        bulk = is_bulk_name(parent, name)
+        device = self._place(bulk)
         if device is self.home_device:
-            file = self._create_plain(parent, name, mode, caller)
+            pooled = self.pool.take() if bulk and self.pool is not None else None
+            if pooled is not None:
+                file = self._create_growing(parent, name, mode, caller, pooled)
+            else:
+                file = self._create_plain(parent, name, mode, caller)
         else:
             file = self._create_object(parent, name, mode, caller, device)
         device.files += 1
@@ -120,6 +129,28 @@ class Namespace(Tree):
             os.unlink(name, dir_fd=parent_fd)
             raise
         return self.files.attach_plain(node, self.home_device, fd, read_only=False)
+
+    def _create_growing(
+        self, parent: Node, name: bytes, mode: int, caller: Caller, pooled: _native.File
+    ) -> OpenFile:
+        """From the pool; an older segment of the same directory grows no more."""
+        assert self.pool is not None
+        parent_fd = self.nodes.directory_fd(parent)
+        try:
+            self._give_to(pooled.data_fd, parent_fd, mode, caller)
+            pooled.set_mtime(time.time_ns())
+            link_into(pooled, parent_fd, name)
+        except OSError:
+            self.pool.put_back(pooled)
+            raise
+        status = os.fstat(pooled.data_fd)
+        node = self.nodes.obtain(status.st_ino, status, None, ino=pooled.ino)
+        file = self.files.attach_growing(node, self.home_device, pooled)
+        older = self._newest.get(parent)
+        if older is not None and older.node.file is older:
+            self.files.start_soon(self.files.seal, older)
+        self._newest[parent] = file
+        return file
 
     def _create_object(
         self, parent: Node, name: bytes, mode: int, caller: Caller, device: Device
@@ -312,6 +343,9 @@ class Namespace(Tree):
     def file_closed(self, file: OpenFile) -> None:
         """The last handle of a file is gone: without a name its data goes too."""
         node = file.node
+        for parent, _ in node.names:
+            if self._newest.get(parent) is file:
+                del self._newest[parent]
         if node.gone is None:
             return
         if node.stub is not None:

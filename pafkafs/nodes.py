@@ -113,15 +113,22 @@ class NodeTable:
         """The node whose attributes are in this inode of the home filesystem."""
         return self._by_key.get(key)
 
-    def obtain(self, key: int, status: os.stat_result, stub: Stub | None) -> Node:
-        """The node of a key, made if the kernel did not know it."""
+    def obtain(
+        self, key: int, status: os.stat_result, stub: Stub | None, ino: int | None = None
+    ) -> Node:
+        """The node of a key, made if the kernel did not know it; ino, if given, is a new_ino."""
         node = self._by_key.get(key)
         if node is None:
-            ino = key if key not in self._by_ino else next(self._own_inos)
+            if ino is None:
+                ino = key if key not in self._by_ino else next(self._own_inos)
             node = Node(ino, key, is_directory=stat.S_ISDIR(status.st_mode), stub=stub)
             self._by_ino[ino] = node
             self._by_key[key] = node
         return node
+
+    def new_ino(self) -> int:
+        """An inode number of our own, which no file on a device has."""
+        return next(self._own_inos)
 
     def add_name(self, node: Node, parent: Node, name: bytes) -> None:
         """The node can be reached by this name, too; a directory only by it."""

@@ -13,7 +13,7 @@ from functools import partial
 
 import trio
 
-from pafkafs import _native, layout
+from pafkafs import _native, growing, layout
 from pafkafs.device import Device, Home
 from pafkafs.layout import Stub
 from pafkafs.namespace import Namespace
@@ -41,15 +41,21 @@ class Scan:
 
 
 def scan_tree(
-    home: Home, devices: Mapping[str, Device], paths: dict[str, tuple[bytes, ...]]
+    home: Home,
+    devices: Mapping[str, Device],
+    paths: dict[str, tuple[bytes, ...]],
+    sizes: growing.Recovery | None,
 ) -> Scan:
-    """Reads the whole home tree; stubs of devices that moved are rewritten on the way."""
+    """Reads the whole home tree; stubs of devices that moved are rewritten on the way, and files
+    that were growing are cut to their size."""
     scan = Scan()
     moved: dict[int, bytes] = {}  # inode of a rewritten stub: where its new one is
     inodes: dict[str, int] = {}
     counted: set[int] = set()
     for path, status in _walk(home.tree_fd, partial(_note_unreadable, scan)):
         if stat.S_ISREG(status.st_mode):
+            if sizes is not None and sizes.file_found(home.tree_fd, path, status.st_ino):
+                status = os.stat(path, dir_fd=home.tree_fd, follow_symlinks=False)
             _count_plain(scan, status, counted)
         elif stat.S_ISLNK(status.st_mode):
             stub = _read_stub(scan, home, path, paths)

@@ -17,6 +17,7 @@ from pafkafs.attributes import (
     as_empty_file,
     changed_times,
     with_changes,
+    with_size,
 )
 from pafkafs.device import Device, Home
 from pafkafs.files import OpenFile, OpenFiles, open_data, open_shadow
@@ -81,6 +82,9 @@ class Tree:
         file = node.file
         if file is not None:
             status = os.fstat(file.native.attr_fd)
+            if (growing := file.native.growing) is not None:
+                size, mtime_ns = growing
+                status = with_size(status, size, mtime_ns)
         elif node.is_directory:
             status = os.stat(self.nodes.directory_fd(node))
         elif node.gone is not None:
@@ -149,6 +153,17 @@ class Tree:
                     raise
                 continue  # a refused stub must not hide its neighbours; status names it
 
+    def is_active_segment(self, node: Node) -> bool:
+        """Whether Kafka appends to a file, by the names around it."""
+        if not self.is_bulk_data(node):
+            return False
+        parent, name = node.names[0]
+        found = kafka.parse_file(os.fsdecode(name))
+        names = map(os.fsdecode, self.list_names(parent))
+        return found.state is kafka.FileState.CURRENT and (
+            found.base_offset == kafka.active_base_offset(names)
+        )
+
     # -- opening and attributes ---------------------------------------------------------------
 
     @staticmethod
@@ -200,6 +215,7 @@ class Tree:
         """truncate, chmod, chown and utimens, in an order in which none undoes another."""
         if changes.size is not None:
             async with self.files.used(self._opened(node, writable=True)) as file:
+                await file.seal()
                 await file.truncate(changes.size)
                 self._set_on_fd(node, changes)
         else:
@@ -214,6 +230,8 @@ class Tree:
     def _set_on_fd(self, node: Node, changes: Changes) -> None:
         if node.file is not None:
             apply_changes(f"/proc/self/fd/{node.file.native.attr_fd}", changes)
+            if changes.mtime_ns is not None and node.file.native.growing is not None:
+                node.file.native.set_mtime(changes.mtime_ns)
             return
         flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
         if node.is_directory:

@@ -17,6 +17,7 @@ LAYERS = [
     {"status", "migration", "recovery", "garbage"},
     {"namespace"},
     {"tree"},
+    {"growing"},
     {"objects", "files"},
     {"nodes", "copying"},
     {"device"},

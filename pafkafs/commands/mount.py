@@ -9,7 +9,14 @@ from typing import Any, NoReturn
 
 import click
 
-from pafkafs.config import DURABILITIES, MODES, MountOptions, mount_options, read_config
+from pafkafs.config import (
+    DURABILITIES,
+    MODES,
+    PMEM_CHOICES,
+    MountOptions,
+    mount_options,
+    read_config,
+)
 from pafkafs.errors import PafkafsError
 
 _OK = b"ok"
@@ -41,6 +48,17 @@ _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     type=click.Choice(DURABILITIES),
     help="What a written byte survives: power (default on DAX): loss of power; process (default "
     "elsewhere): death of pafkafs and of Kafka, power loss needs fsync as on any filesystem.",
+)
+@click.option(
+    "--pmem",
+    type=click.Choice(PMEM_CHOICES),
+    help="Write new segments through a mapping: auto (default): on DAX; on: also without DAX, for "
+    "tests and measurements; off: never.",
+)
+@click.option(
+    "--pool-ratio",
+    metavar="SHARE",
+    help="Of the free room on PMem, how much may be prepared for new segments (default 0.8).",
 )
 @click.option(
     "--config", metavar="FILE", help="TOML file with these options (fast, slow, mountpoint too)."

@@ -1,0 +1,244 @@
+"""Files that grow in persistent memory: their slots, the pool of new ones, and recovery.
+
+See native/pmem.h for what a growing file is, native/sizes.h for slots.  The pool has files without
+a name (O_TMPFILE): whatever crashes, the filesystem frees them, and creating a segment is one
+linkat.
+"""
+
+import logging
+import math
+import os
+import secrets
+import stat
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import trio
+
+from pafkafs import _native
+from pafkafs.device import Device
+from pafkafs.files import OpenFile, OpenFiles
+
+log = logging.getLogger(__name__)
+
+NONCE_ATTRIBUTE = "user.pafkafs.nonce"
+
+# 64 bytes each.  More files than this do not grow at once: later ones are written with pwrite.
+SLOTS = 1 << 15
+
+# What a file of the pool has allocated: enough until the first growth ahead of its writer.
+FIRST_BYTES = 2 << 20
+_POOL_FILES_MAX = 64
+_FILL_RETRY_S = 5.0
+
+
+def open_sizes(device: Device) -> None:
+    """Opens the slots of a fast device, made at its first mount."""
+    device.native.open_sizes(device.fd, SLOTS, device.kind == "dax")
+
+
+def was_used(device: Device) -> bool:
+    """Whether files may have been growing there, with other options, when a mount ended."""
+    try:
+        os.stat("sizes", dir_fd=device.fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def take_slot(device: Device, fd: int, size: int, mtime_ns: int) -> int:
+    """Ties a file that is as long as it says to a slot, durably; the slot's number."""
+    nonce = secrets.randbits(63) + 1
+    ino = os.fstat(fd).st_ino
+    number = device.native.take_slot(nonce, ino, size, mtime_ns)
+    try:
+        os.setxattr(fd, NONCE_ATTRIBUTE, nonce.to_bytes(8, "little"))
+        os.fsync(fd)
+    except OSError:
+        device.native.give_slot_back(number)
+        raise
+    return number
+
+
+# -- recovery -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A slot that was in use when the last mount ended."""
+
+    number: int
+    nonce: int
+    ino: int
+    size: int
+    mtime_ns: int
+
+
+class Recovery:
+    """Brings files that were growing to their logical size, before anything is served."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._slots = {slot.ino: slot for slot in (Slot(*raw) for raw in device.native.slots())}
+        self.recovered = 0
+        self.refused: list[str] = []
+
+    def file_found(self, dir_fd: int, path: bytes, ino: int) -> bool:
+        """A regular file of the home tree; cuts it when it was growing, which it tells."""
+        slot = self._slots.get(ino)
+        if slot is None:
+            return False
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+        try:
+            self._apply(fd, path, slot)
+        finally:
+            os.close(fd)
+        return True
+
+    def _apply(self, fd: int, path: bytes, slot: Slot) -> None:
+        status = os.fstat(fd)
+        if _nonce_of(fd) != slot.nonce or not stat.S_ISREG(status.st_mode):
+            return  # the inode number was used again: the slot's own file is gone
+        if slot.size > status.st_size:
+            self.refused.append(f"{os.fsdecode(path)}: {status.st_size} bytes, not {slot.size}")
+            log.error("a slot does not fit its file: %s", self.refused[-1])
+            return
+        os.ftruncate(fd, slot.size)
+        os.utime(fd, ns=(status.st_atime_ns, slot.mtime_ns))
+        os.fsync(fd)
+        self.recovered += 1
+
+    def finish(self) -> None:
+        """After all files were found: the slots are free again."""
+        for slot in self._slots.values():
+            self._device.native.give_slot_back(slot.number)
+
+
+def _nonce_of(fd: int) -> int | None:
+    try:
+        return int.from_bytes(os.getxattr(fd, NONCE_ATTRIBUTE), "little")
+    except OSError:
+        return None
+
+
+# -- the pool -----------------------------------------------------------------------------------
+
+
+class Pool:
+    """New segment files, allocated, zeroed and mapped before they are needed."""
+
+    def __init__(
+        self,
+        front: _native.Front,
+        device: Device,
+        tree_fd: int,
+        ratio: float,
+        new_ino: Callable[[], int],
+    ) -> None:
+        self._new_ino = new_ino
+        self._front = front
+        self._device = device
+        self._tree_fd = tree_fd
+        self._ratio = ratio
+        self._ready: list[_native.File] = []
+        self._wanted = trio.Event()
+
+    @property
+    def files(self) -> int:
+        """Files that are ready."""
+        return len(self._ready)
+
+    @property
+    def bytes(self) -> int:
+        """What they have allocated."""
+        return sum(file.counted_bytes for file in self._ready)
+
+    def take(self) -> _native.File | None:
+        """A new, empty file without a name; None when there is none."""
+        self._wanted.set()
+        return self._ready.pop() if self._ready else None
+
+    def put_back(self, file: _native.File) -> None:
+        """It got no name."""
+        self._ready.append(file)
+
+    def drain(self) -> None:
+        """Gives all of its room back."""
+        while self._ready:
+            self._drop(self._ready.pop())
+
+    def _drop(self, file: _native.File) -> None:
+        self._device.native.add_used(-file.counted_bytes)
+        file.close()
+
+    def _target(self) -> int:
+        """How many files there should be: of the room that new segments may use, ratio at most."""
+        room = self._device.room
+        free = room.free_bytes + self.bytes
+        return min(_POOL_FILES_MAX, math.floor(free * self._ratio / FIRST_BYTES))
+
+    async def run(self) -> None:
+        """Fills the pool, one file at a time; never returns."""
+        while True:
+            while len(self._ready) < self._target():
+                try:
+                    file = await self._device.run(partial(self._make, self._new_ino()))
+                except OSError as error:
+                    log.warning("cannot fill the pool: %s", error.strerror)
+                    break
+                self._ready.append(file)
+            while len(self._ready) > self._target():
+                self._drop(self._ready.pop())
+            self._wanted = trio.Event()
+            with trio.move_on_after(_FILL_RETRY_S):
+                await self._wanted.wait()
+
+    def _make(self, ino: int) -> _native.File:
+        """**Invariant:** its slot is durable before it is longer than its logical size."""
+        flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
+        fd = os.open(".", flags, 0o600, dir_fd=self._tree_fd)
+        try:
+            slot = take_slot(self._device, fd, 0, time.time_ns())
+        except OSError:
+            os.close(fd)
+            raise
+        try:
+            file = self._front.open_growing(ino, self._device.native, fd, slot)
+        except OSError:
+            self._device.native.give_slot_back(slot)
+            os.close(fd)
+            raise
+        try:
+            file.grow(FIRST_BYTES)
+        except OSError:
+            file.close()
+            raise
+        return file
+
+
+def link_into(file: _native.File, dir_fd: int, name: bytes) -> None:
+    """Gives a file of the pool its name; FileExistsError when it is taken."""
+    path = f"/proc/self/fd/{file.data_fd}".encode()
+    os.link(path, name, dst_dir_fd=dir_fd, follow_symlinks=True)
+
+
+async def start(files: OpenFiles, file: OpenFile) -> None:
+    """Makes a plain file one that grows in persistent memory.  An error leaves it as it is."""
+
+    def convert() -> None:
+        status = os.fstat(file.native.data_fd)
+        slot = take_slot(file.device, file.native.data_fd, status.st_size, status.st_mtime_ns)
+        try:
+            file.native.start_growing(slot)
+        except OSError:
+            file.device.native.give_slot_back(slot)
+            raise
+
+    try:
+        async with files.used(file):
+            if file.native.growing is None and file.node.stub is None:
+                await file.closed_gate(convert)
+    except OSError as error:
+        log.warning("%s does not grow in PMem: %s", os.fsdecode(file.node.path()), error.strerror)
