@@ -23,6 +23,7 @@ struct device {
 	struct workers *workers;
 	struct sizes *sizes; /* of files that grow in persistent memory; or NULL */
 	bool map_sync;       /* DAX: a mapping needs no msync */
+	_Atomic uint64_t segment_bytes; /* what Kafka rolls at; 0: not known yet */
 };
 
 struct device *device_new(int objects_fd, bool slow, bool memory, bool power);

@@ -15,6 +15,7 @@ enum event_kind {
 	EVENT_IO_ERROR = 5,     /* ino, value: errno of a failed read, write or fsync */
 	EVENT_READY = 6,        /* the session has answered INIT */
 	EVENT_ENDED = 7,        /* the kernel has ended the connection */
+	EVENT_SEAL = 9,         /* ino: a request is parked until the file is sealed */
 	EVENT_WRITTEN = 8,      /* ino: first write to a plain file that could grow in PMem */
 };
 

@@ -228,6 +228,8 @@ void file_unref(struct file *file)
 		free(h);
 	}
 	backing_unref(file->backing);
+	if (file->prepared != NULL)
+		backing_unref(file->prepared);
 	pthread_mutex_destroy(&file->lock);
 	free(file);
 }
@@ -254,9 +256,8 @@ struct backing *file_backing(struct file *file)
 	return b;
 }
 
-int file_stat(struct file *file, struct stat *st)
+static int backing_stat(struct file *file, struct backing *b, struct stat *st)
 {
-	struct backing *b = file_backing(file);
 	int err = fstat(backing_attr_fd(b), st) == 0 ? 0 : -errno;
 
 	if (err == 0 && b->pmem != NULL) {
@@ -274,7 +275,21 @@ int file_stat(struct file *file, struct stat *st)
 		st->st_nlink = file->nlink;
 		pthread_mutex_unlock(&file->lock);
 	}
-	backing_unref(b);
+	return err;
+}
+
+int file_stat(struct file *file, struct stat *st)
+{
+	struct backing *b, *now;
+	int err;
+
+	do { /* a plain file that began to grow meanwhile may look longer than it is */
+		b = file_backing(file);
+		err = backing_stat(file, b, st);
+		now = file_backing(file);
+		backing_unref(b);
+		backing_unref(now);
+	} while (now != b);
 	return err;
 }
 
@@ -311,7 +326,7 @@ void file_leave(struct file *file)
 	pthread_mutex_unlock(&file->lock);
 }
 
-void file_leave_for_room(struct file *file, struct request *r)
+void file_leave_for(struct file *file, struct request *r, enum event_kind event)
 {
 	pthread_mutex_lock(&file->lock);
 	r->for_room = true;
@@ -319,7 +334,7 @@ void file_leave_for_room(struct file *file, struct request *r)
 	leave(file);
 	if (!file->starving) {
 		file->starving = true;
-		events_put(file->front->events, EVENT_NO_ROOM, file->ino, 0);
+		events_put(file->front->events, event, file->ino, 0);
 	}
 	pthread_mutex_unlock(&file->lock);
 }
@@ -344,6 +359,26 @@ void file_repoint(struct file *file, struct backing *b)
 	file->synced_seq = file->changed_seq; /* the copy was fsynced */
 	pthread_mutex_unlock(&file->lock);
 	backing_unref(old);
+}
+
+void file_prepare(struct file *file, struct backing *b)
+{
+	pthread_mutex_lock(&file->lock);
+	struct backing *old = file->prepared;
+	file->prepared = b;
+	pthread_mutex_unlock(&file->lock);
+	if (old != NULL)
+		backing_unref(old);
+}
+
+void file_switch(struct file *file)
+{
+	pthread_mutex_lock(&file->lock);
+	struct backing *b = file->prepared;
+	file->prepared = NULL;
+	pthread_mutex_unlock(&file->lock);
+	if (b != NULL)
+		file_repoint(file, b);
 }
 
 /* Takes the parked requests out: all, or those that wait for room. */

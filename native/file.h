@@ -50,6 +50,7 @@ struct file {
 
 	pthread_mutex_t lock; /* all below */
 	struct backing *backing;
+	struct backing *prepared;
 	bool gate_closed;
 	bool starving;     /* Python was told of the lack of room */
 	bool growing;      /* a job makes it grow ahead of its writer */
@@ -94,13 +95,18 @@ int file_stat(struct file *file, struct stat *st);
 /* Enters a change, unless the gate is closed: then r is parked (if any). */
 bool file_enter(struct file *file, struct request *r);
 void file_leave(struct file *file);
-/* Leaves the change and parks r until Python has made room. */
-void file_leave_for_room(struct file *file, struct request *r);
+/* Leaves the change and parks r until Python has done what event asks for:
+ * made room, or sealed the file. */
+void file_leave_for(struct file *file, struct request *r, enum event_kind event);
 
 /* True when quiet at once; else EVENT_QUIET follows. */
 bool file_close_gate(struct file *file);
 /* Only with the gate closed and quiet; takes the backing over. */
 void file_repoint(struct file *file, struct backing *b);
+/* As file_repoint, in two steps: what takes its time, and what must not happen
+ * while others use the descriptors of the old backing. */
+void file_prepare(struct file *file, struct backing *b);
+void file_switch(struct file *file);
 /* Opens the gate; all that was parked goes on. */
 void file_open_gate(struct file *file);
 /* Answers what waits for room with error, 0: lets it try again. */

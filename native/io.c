@@ -92,6 +92,18 @@ static size_t within_size(const struct pmem *p, uint64_t offset, size_t want)
 	return want < size - offset ? want : (size_t)(size - offset);
 }
 
+/* What was read from a plain file that has begun to grow meanwhile may end in
+ * zeros that are not part of it. */
+static size_t still_visible(struct io *io, uint64_t offset, size_t done)
+{
+	struct backing *b = file_backing(io->file);
+
+	if (b != io->b && b->pmem != NULL)
+		done = within_size(b->pmem, offset, done);
+	backing_unref(b);
+	return done;
+}
+
 static enum io_result read_(struct io *io)
 {
 	const struct fuse_read_in *arg = io->arg;
@@ -121,6 +133,8 @@ static enum io_result read_(struct io *io)
 			break;
 		done += (size_t)n;
 	}
+	if (io->b->dev->sizes != NULL)
+		done = still_visible(io, arg->offset, done);
 	return answer(io, 0, io->scratch, done);
 }
 
@@ -172,14 +186,19 @@ static bool is_full(int err)
 	return err == -ENOSPC || err == -EDQUOT;
 }
 
-static enum io_result park_for_room(struct io *io)
+static enum io_result park_for(struct io *io, enum event_kind event)
 {
 	if (!detach(io)) {
 		file_leave(io->file);
 		return answer(io, ENOMEM, NULL, 0);
 	}
-	file_leave_for_room(io->file, io->r);
+	file_leave_for(io->file, io->r, event);
 	return IO_PASSED;
+}
+
+static enum io_result park_for_room(struct io *io)
+{
+	return park_for(io, EVENT_NO_ROOM);
 }
 
 /* Enters a change with the data open.  On false the request was answered or
@@ -216,12 +235,25 @@ static bool enter_change(struct io *io, enum io_result *result)
 
 /* So much at a time: as much again as it has, within bounds. */
 enum { GROW_MIN = 2 << 20, GROW_MAX = 32 << 20 };
+/* A segment that has less left than this will not be rolled before it grows. */
+enum { BATCH_BYTES = 16 << 10 };
 
 static uint64_t growth(const struct pmem *p)
 {
 	uint64_t size = pmem_size(p);
 
 	return size < GROW_MIN ? GROW_MIN : size > GROW_MAX ? GROW_MAX : size;
+}
+
+/* Where to grow to ahead of the writer: not beyond where it will roll. */
+static uint64_t growth_end(const struct backing *b)
+{
+	uint64_t capacity = pmem_capacity(b->pmem), end = capacity + growth(b->pmem);
+	uint64_t segment = atomic_load(&b->dev->segment_bytes);
+
+	if (segment == 0 || end <= segment)
+		return end;
+	return capacity < segment ? segment : capacity + GROW_MIN;
 }
 
 /* Up to end; -ENOSPC when the device has no room.  Within a change. */
@@ -251,7 +283,7 @@ static void run_grow_ahead(struct job *job, char *scratch)
 		struct backing *b = file_backing(g->file);
 		if (b->pmem != NULL)
 			/* Without room the writer will find out. */
-			(void)grow(g->file, b, pmem_capacity(b->pmem) + growth(b->pmem));
+			(void)grow(g->file, b, growth_end(b));
 		backing_unref(b);
 		file_leave(g->file);
 	}
@@ -264,8 +296,11 @@ static void run_grow_ahead(struct job *job, char *scratch)
 static void grow_ahead_if_need_be(struct io *io, uint64_t end)
 {
 	struct pmem *p = io->b->pmem;
+	uint64_t capacity = pmem_capacity(p);
+	uint64_t segment = atomic_load(&io->b->dev->segment_bytes);
+	bool whole = capacity == segment && end + BATCH_BYTES <= capacity;
 
-	if (end + growth(p) / 2 < pmem_capacity(p) || io->b->dev->workers == NULL ||
+	if (whole || end + growth(p) / 2 < capacity || io->b->dev->workers == NULL ||
 	    !file_begin_growing(io->file))
 		return;
 	struct grow_ahead *g = malloc(sizeof(*g));
@@ -332,7 +367,7 @@ int io_start_growing(struct file *file, unsigned number)
 			close(fd);
 	}
 	if (growing != NULL)
-		file_repoint(file, growing);
+		file_prepare(file, growing);
 	backing_unref(b);
 	return err;
 }
@@ -346,7 +381,7 @@ int io_seal(struct file *file)
 		int fd = fcntl(atomic_load(&b->data_fd), F_DUPFD_CLOEXEC, 0);
 		struct backing *plain = fd < 0 ? NULL : backing_plain(b->dev, fd);
 		if (plain != NULL)
-			file_repoint(file, plain);
+			file_prepare(file, plain);
 		else
 			err = -errno;
 	}
@@ -565,12 +600,14 @@ static enum io_result fallocate_(struct io *io)
 	int64_t reserved = arg->mode & FALLOC_FL_PUNCH_HOLE ? 0 : (int64_t)arg->length;
 	enum io_result result;
 
-	if (arg->mode & ~(uint32_t)FALLOCATE_MODES || io->b->pmem != NULL)
+	if (arg->mode & ~(uint32_t)FALLOCATE_MODES)
 		return answer(io, EOPNOTSUPP, NULL, 0);
 	if (must_defer(io) || should_defer(io))
 		return to_worker(io);
 	if (!enter_change(io, &result))
 		return result;
+	if (io->b->pmem != NULL) /* only plain files have holes */
+		return park_for(io, EVENT_SEAL);
 	if (!device_reserve(io->b->dev, reserved))
 		return park_for_room(io);
 	int err = fallocate_backing(io, arg);

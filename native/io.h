@@ -31,11 +31,12 @@ int io_sync(struct file *file);
 
 /* Makes room in a growing file up to end; 0 or -errno.  May block. */
 int io_grow(struct file *file, uint64_t end);
+/* Both only with the gate closed and quiet; 0 or -errno.  They may block, and
+ * take effect with file_switch. */
 /* Makes a plain file one that grows in persistent memory, with this slot,
- * which has its size; only with the gate closed and quiet.  0 or -errno. */
+ * which has its size. */
 int io_start_growing(struct file *file, unsigned number);
-/* Makes a growing file one as any other; only with the gate closed and quiet.
- * 0 or -errno.  May block. */
+/* Makes a growing file one as any other. */
 int io_seal(struct file *file);
 
 #endif

@@ -54,6 +54,7 @@ PyMODINIT_FUNC PyInit__native(void)
 	    PyModule_AddIntConstant(m, "EVENT_IO_ERROR", EVENT_IO_ERROR) != 0 ||
 	    PyModule_AddIntConstant(m, "EVENT_READY", EVENT_READY) != 0 ||
 	    PyModule_AddIntConstant(m, "EVENT_ENDED", EVENT_ENDED) != 0 ||
+	    PyModule_AddIntConstant(m, "EVENT_SEAL", EVENT_SEAL) != 0 ||
 	    PyModule_AddIntConstant(m, "EVENT_WRITTEN", EVENT_WRITTEN) != 0) {
 		Py_DECREF(m);
 		return NULL;

@@ -90,6 +90,23 @@ static int set_limit(DeviceObject *self, PyObject *value, void *closure)
 	return set_bytes(&self->dev->limit_bytes, value);
 }
 
+static PyObject *get_segment(DeviceObject *self, void *closure)
+{
+	(void)closure;
+	return PyLong_FromUnsignedLongLong(atomic_load(&self->dev->segment_bytes));
+}
+
+static int set_segment(DeviceObject *self, PyObject *value, void *closure)
+{
+	unsigned long long bytes = value == NULL ? 0 : PyLong_AsUnsignedLongLong(value);
+
+	(void)closure;
+	if (PyErr_Occurred())
+		return -1;
+	atomic_store(&self->dev->segment_bytes, (bytes + 4095) & ~4095ull);
+	return 0;
+}
+
 static PyObject *get_stuck(DeviceObject *self, void *closure)
 {
 	(void)closure;
@@ -187,6 +204,7 @@ static PyMethodDef methods[] = {
 static PyGetSetDef members[] = {
 	{"used_bytes", (getter)get_used, (setter)set_used, NULL, NULL},
 	{"limit_bytes", (getter)get_limit, (setter)set_limit, NULL, NULL},
+	{"segment_bytes", (getter)get_segment, (setter)set_segment, NULL, NULL},
 	{"stuck_ns", (getter)get_stuck, NULL, NULL, NULL},
 	{"queued", (getter)get_queued, NULL, NULL, NULL},
 	{NULL, NULL, NULL, NULL, NULL},

@@ -149,6 +149,15 @@ static PyObject *start_growing_py(FileObject *self, PyObject *args)
 	return none_or_errno(err);
 }
 
+static PyObject *switch_py(FileObject *self, PyObject *ignored)
+{
+	(void)ignored;
+	if (opened(self) == NULL)
+		return NULL;
+	file_switch(self->file);
+	Py_RETURN_NONE;
+}
+
 static PyObject *set_mtime_py(FileObject *self, PyObject *arg)
 {
 	unsigned long long mtime_ns = PyLong_AsUnsignedLongLong(arg);
@@ -329,6 +338,7 @@ static PyMethodDef methods[] = {
 	{"grow", (PyCFunction)grow_py, METH_O, NULL},
 	{"start_growing", (PyCFunction)start_growing_py, METH_VARARGS, NULL},
 	{"set_mtime", (PyCFunction)set_mtime_py, METH_O, NULL},
+	{"switch_backing", (PyCFunction)switch_py, METH_NOARGS, NULL},
 	{"seal", (PyCFunction)seal_py, METH_NOARGS, NULL},
 	{"truncate", (PyCFunction)truncate_py, METH_O, NULL},
 	{"sync", (PyCFunction)sync_py, METH_NOARGS, NULL},

@@ -181,8 +181,10 @@ struct pmem *pmem_open(int fd, struct sizes *sizes, unsigned number, bool sync)
 	pthread_mutex_init(&p->grow_lock, NULL);
 	if (err == 0)
 		err = fstat(fd, &st) == 0 ? 0 : -errno;
-	if (err == 0 && st.st_size > 0)
-		err = pmem_grow(p, (uint64_t)st.st_size);
+	/* Whole pages that are there: the file is not longer than it was before
+	 * all its users know that it grows. */
+	if (err == 0 && st.st_size >= 4096)
+		err = pmem_grow(p, (uint64_t)st.st_size & ~4095ull);
 	if (err == 0)
 		return p;
 	if (p->window != MAP_FAILED)

@@ -20,9 +20,8 @@
 
 struct pmem;
 
-/* The growing file of fd, which has an open slot; neither is taken over.
- * sync: map with MAP_SYNC.  What is allocated already has to be zero beyond
- * the logical size.  NULL with errno. */
+/* The growing file of fd, which has an open slot; neither is taken over, and
+ * the file is not changed yet.  sync: map with MAP_SYNC.  NULL with errno. */
 struct pmem *pmem_open(int fd, struct sizes *sizes, unsigned number, bool sync);
 /* Unmaps.  The slot stays, for recovery, unless the file was sealed or removed. */
 void pmem_close(struct pmem *p);

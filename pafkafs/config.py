@@ -32,6 +32,7 @@ class MountOptions:
     log_file: str | None
     pmem: str
     pool_ratio: float
+    segment_size: int | None  # None: what Kafka is seen to roll at
 
     @property
     def source(self) -> str:
@@ -50,6 +51,7 @@ KEYS = (
     "log-file",
     "pmem",
     "pool-ratio",
+    "segment-size",
 )
 
 
@@ -86,6 +88,7 @@ def mount_options(config: Mapping[str, Any], given: Mapping[str, Any]) -> MountO
         log_file=_text(merged, "log-file") if "log-file" in merged else None,
         pmem=_choice(merged, "pmem", PMEM_CHOICES) or "auto",
         pool_ratio=_share(merged, "pool-ratio", POOL_RATIO),
+        segment_size=parse_size(str(merged["segment-size"])) if "segment-size" in merged else None,
     )
 
 

@@ -56,7 +56,10 @@ class Mount:
             lambda: _open_devices(options)
         )
         self._by_id = {device.id: device for device in self.devices}
-        self._sizes = _open_sizes(self.devices[0], options.pmem)
+        home = self.devices[0]
+        self._grows = options.pmem == "on" or (options.pmem == "auto" and home.kind == "dax")
+        home.native.segment_bytes = options.segment_size or 0
+        self._sizes = _open_sizes(home) if self._grows or growing.was_used(home) else None
         self._scan = recovery.scan_tree(self.home, self._by_id, paths, self._sizes)
         if self._sizes is not None and self._scan.unreadable is None:
             self._sizes.finish()
@@ -171,7 +174,7 @@ class Mount:
             self._place,
             durable_names=self.durability == "power",
         )
-        if self._sizes is not None:
+        if self._grows:
             nodes = self._namespace.nodes
             self._pool = growing.Pool(
                 self._front,
@@ -181,8 +184,10 @@ class Mount:
                 nodes.new_ino,
             )
             self._namespace.pool = self._pool
+            self._namespace.segment_size_given = self.options.segment_size is not None
             nursery.start_soon(self._pool.run)
         self._spiller = Spiller(self._namespace, self.home, self._by_id, self.options.mode)
+        self._spiller.pool = self._pool
         self._reconciler = recovery.Reconciler(self._namespace, self.home, self._scan)
         operations = Filesystem(self._namespace, self.devices)
         pyfuse3.init(operations, f"/dev/fd/{self._front.session_fd}", set())
@@ -225,6 +230,8 @@ class Mount:
         file = node.file
         if kind == _native.EVENT_NO_ROOM:
             self._files.start_soon(self._spiller.make_room, file)
+        elif kind == _native.EVENT_SEAL:
+            self._files.start_soon(_seal_for_request, file)
         elif kind == _native.EVENT_WRITTEN:
             self._files.start_soon(self._grow_if_active, file)
         elif kind == _native.EVENT_QUIET and file.quiet is not None:
@@ -242,7 +249,7 @@ class Mount:
 
     async def _grow_if_active(self, file: OpenFile) -> None:
         """A segment that is written to after a restart grows on in persistent memory."""
-        if self._namespace.is_active_segment(file.node):
+        if self._grows and self._namespace.is_active_segment(file.node):
             await growing.start(self._files, file)
 
     async def _watch_usage(self, device: Device) -> None:
@@ -362,6 +369,15 @@ class Mount:
             mountpoint.detach(where, lazy=True)
 
 
+async def _seal_for_request(file: OpenFile) -> None:
+    try:
+        await file.seal()
+        file.native.end_starving(0)
+    except OSError as error:
+        file.device.failed(f"cannot seal {os.fsdecode(file.node.path())}: {error.strerror}")
+        file.native.end_starving(error.errno or errno.EIO)
+
+
 def notes(devices: list[Device], durability: str) -> list[str]:
     """What the operator should know, though nothing is wrong."""
     found = []
@@ -428,11 +444,8 @@ def _within_patience(act: Callable[[], T]) -> T:
     return results[0]
 
 
-def _open_sizes(device: Device, pmem: str) -> growing.Recovery | None:
-    """What was growing in persistent memory when the last mount ended; None when nothing may."""
-    used = pmem == "on" or (pmem == "auto" and device.kind == "dax")
-    if not used and not growing.was_used(device):
-        return None
+def _open_sizes(device: Device) -> growing.Recovery:
+    """What was growing in persistent memory when the last mount ended."""
     try:
         growing.open_sizes(device)
     except OSError as error:

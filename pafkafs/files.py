@@ -77,6 +77,8 @@ class OpenFile:
         await self.close_gate()
         try:
             await self.device.run(act)
+            # Here, and not in the thread: others use descriptors of the old one between awaits.
+            self.native.switch_backing()
         finally:
             self.open_gate()
 
@@ -87,10 +89,18 @@ class OpenFile:
 
     async def truncate(self, size: int) -> None:
         """Sets the size; waits at the gate, and in a worker for a slow device."""
-        await self._with_gate_open(
-            lambda: self.native.truncate(size),
-            may_block=lambda: self.device.slow or self.native.counted_bytes - size > LONG_FREE,
-        )
+        while True:
+            await self.seal()
+            try:
+                return await self._with_gate_open(
+                    lambda: self.native.truncate(size),
+                    may_block=lambda: (
+                        self.device.slow or self.native.counted_bytes - size > LONG_FREE
+                    ),
+                )
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise  # else a write has made it grow again
 
     async def sync(self) -> None:
         """fsync, and the shadow's times for the object."""
@@ -176,8 +186,17 @@ class OpenFiles:
             self.opened_objects.add(object_id)
 
     def start_soon(self, act: Callable[[OpenFile], Awaitable[None]], file: OpenFile) -> None:
-        """Runs an operation on a file in the background."""
-        self._nursery.start_soon(act, file)
+        """Runs an operation on a file in the background, and keeps it open until then."""
+        file.users += 1
+        self._nursery.start_soon(self._run_and_end_use, act, file)
+
+    async def _run_and_end_use(
+        self, act: Callable[[OpenFile], Awaitable[None]], file: OpenFile
+    ) -> None:
+        try:
+            await act(file)
+        finally:
+            self._end_use(file)
 
     def open_data_soon(self, file: OpenFile) -> None:
         """Has the object of a new file made before anybody writes to it."""

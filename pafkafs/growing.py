@@ -20,6 +20,7 @@ import trio
 from pafkafs import _native
 from pafkafs.device import Device
 from pafkafs.files import OpenFile, OpenFiles
+from pafkafs.policy import HIGH_MARK
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,8 @@ SLOTS = 1 << 15
 FIRST_BYTES = 2 << 20
 _POOL_FILES_MAX = 64
 _FILL_RETRY_S = 5.0
+# After it was drained because a writer had no room.
+_REST_S = 30.0
 
 
 def open_sizes(device: Device) -> None:
@@ -139,11 +142,12 @@ class Pool:
     ) -> None:
         self._new_ino = new_ino
         self._front = front
-        self._device = device
+        self.device = device
         self._tree_fd = tree_fd
         self._ratio = ratio
         self._ready: list[_native.File] = []
         self._wanted = trio.Event()
+        self._rest_until = -math.inf
 
     @property
     def files(self) -> int:
@@ -165,26 +169,27 @@ class Pool:
         self._ready.append(file)
 
     def drain(self) -> None:
-        """Gives all of its room back."""
+        """Gives all of its room back, and leaves it for a while."""
+        self._rest_until = trio.current_time() + _REST_S
         while self._ready:
             self._drop(self._ready.pop())
 
     def _drop(self, file: _native.File) -> None:
-        self._device.native.add_used(-file.counted_bytes)
+        self.device.native.add_used(-file.counted_bytes)
         file.close()
 
     def _target(self) -> int:
         """How many files there should be: of the room that new segments may use, ratio at most."""
-        room = self._device.room
-        free = room.free_bytes + self.bytes
+        room = self.device.room
+        free = max(0, int(HIGH_MARK * room.limit_bytes) - room.used_bytes) + self.bytes
         return min(_POOL_FILES_MAX, math.floor(free * self._ratio / FIRST_BYTES))
 
     async def run(self) -> None:
         """Fills the pool, one file at a time; never returns."""
         while True:
-            while len(self._ready) < self._target():
+            while len(self._ready) < self._target() and trio.current_time() >= self._rest_until:
                 try:
-                    file = await self._device.run(partial(self._make, self._new_ino()))
+                    file = await self.device.run(partial(self._make, self._new_ino()))
                 except OSError as error:
                     log.warning("cannot fill the pool: %s", error.strerror)
                     break
@@ -200,14 +205,14 @@ class Pool:
         flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
         fd = os.open(".", flags, 0o600, dir_fd=self._tree_fd)
         try:
-            slot = take_slot(self._device, fd, 0, time.time_ns())
+            slot = take_slot(self.device, fd, 0, time.time_ns())
         except OSError:
             os.close(fd)
             raise
         try:
-            file = self._front.open_growing(ino, self._device.native, fd, slot)
+            file = self._front.open_growing(ino, self.device.native, fd, slot)
         except OSError:
-            self._device.native.give_slot_back(slot)
+            self.device.native.give_slot_back(slot)
             os.close(fd)
             raise
         try:

@@ -15,6 +15,7 @@ from pafkafs import layout
 from pafkafs.copying import SourceError, copy_to_object
 from pafkafs.device import Device, Home
 from pafkafs.files import OpenFile
+from pafkafs.growing import Pool
 from pafkafs.layout import Stub
 from pafkafs.namespace import Namespace
 from pafkafs.policy import Mode, place_spill
@@ -52,6 +53,7 @@ class Spiller:
         self._mode = mode
         self.totals = SpillTotals()
         self.degraded: str | None = None
+        self.pool: Pool | None = None  # of the home device
 
     async def make_room(self, file: OpenFile) -> None:
         """A request of this file waits for room; it goes on, or fails with ENOSPC."""
@@ -74,6 +76,8 @@ class Spiller:
         here = file.device.id
         if here not in file.devices_tried:
             file.devices_tried.add(here)
+            if self.pool is not None and self.pool.device is file.device:
+                self.pool.drain()
             if await _room_came(file.device):
                 file.native.end_starving(0)
                 return
@@ -91,6 +95,7 @@ class Spiller:
         try:
             if file.native.growing is not None:
                 await file.device.run(file.native.seal)
+                file.native.switch_backing()
             if not await self._move_anywhere(file):
                 file.native.end_starving(errno.ENOSPC)
         finally:

@@ -80,6 +80,7 @@ class Namespace(Tree):
         self._place = place
         self._durable_names = durable_names
         self.pool: Pool | None = None  # of new segments in persistent memory
+        self.segment_size_given = False  # else it is learned
         self._newest: dict[Node, OpenFile] = {}  # the growing file of a partition directory
         self._privileged = os.geteuid() == 0
 
@@ -138,7 +139,9 @@ class Namespace(Tree):
         parent_fd = self.nodes.directory_fd(parent)
         try:
             self._give_to(pooled.data_fd, parent_fd, mode, caller)
-            pooled.set_mtime(time.time_ns())
+            made_ns = time.time_ns()
+            os.utime(pooled.data_fd, ns=(made_ns, made_ns))
+            pooled.set_mtime(made_ns)
             link_into(pooled, parent_fd, name)
         except OSError:
             self.pool.put_back(pooled)
@@ -148,6 +151,10 @@ class Namespace(Tree):
         file = self.files.attach_growing(node, self.home_device, pooled)
         older = self._newest.get(parent)
         if older is not None and older.node.file is older:
+            if not self.segment_size_given and older.native.growing is not None:
+                rolled_at, _ = older.native.growing
+                native = self.home_device.native
+                native.segment_bytes = max(native.segment_bytes, rolled_at)
             self.files.start_soon(self.files.seal, older)
         self._newest[parent] = file
         return file

@@ -215,7 +215,6 @@ class Tree:
         """truncate, chmod, chown and utimens, in an order in which none undoes another."""
         if changes.size is not None:
             async with self.files.used(self._opened(node, writable=True)) as file:
-                await file.seal()
                 await file.truncate(changes.size)
                 self._set_on_fd(node, changes)
         else:

@@ -61,6 +61,12 @@ _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     help="Of the free room on PMem, how much may be prepared for new segments (default 0.8).",
 )
 @click.option(
+    "--segment-size",
+    metavar="SIZE",
+    help="Kafka's log.segment.bytes: files on PMem are not prepared beyond it. Without, it is what "
+    "Kafka is seen to roll at.",
+)
+@click.option(
     "--config", metavar="FILE", help="TOML file with these options (fast, slow, mountpoint too)."
 )
 @click.option("--log-file", metavar="FILE", help="Where the daemon logs.")
