@@ -83,9 +83,18 @@ class Mount:
             requests=self._front.answered + self._front.forwarded,
             spilled_files=self._spiller.totals.files,
             spilled_bytes=self._spiller.totals.bytes,
+            pool=self._pool_status(),
             tiers=status.tier_statuses(self.devices),
             problems=tuple(problems),
             notes=tuple(notes(self.devices, self.durability)),
+        )
+
+    def _pool_status(self) -> status.PoolStatus | None:
+        if self._pool is None:
+            return None
+        segment_bytes = self.devices[0].native.segment_bytes
+        return status.PoolStatus(
+            self._pool.files, self._pool.bytes, segment_bytes, growing.persist_method()
         )
 
     def _own_problems(self) -> list[status.Problem]:
@@ -104,6 +113,14 @@ class Mount:
             found.append(
                 status.Problem(
                     f"the home tree cannot be read at {self._scan.unreadable}",
+                    "check the filesystem of the first fast device: dmesg, fsck",
+                )
+            )
+        if self._sizes is not None and self._sizes.refused:
+            found.append(
+                status.Problem(
+                    f"{len(self._sizes.refused)} files were shorter than what was written to them "
+                    f"when they were recovered, such as {self._sizes.refused[0]}",
                     "check the filesystem of the first fast device: dmesg, fsck",
                 )
             )

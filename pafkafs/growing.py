@@ -42,6 +42,15 @@ def open_sizes(device: Device) -> None:
     device.native.open_sizes(device.fd, SLOTS, device.kind == "dax")
 
 
+def persist_method() -> str:
+    """What makes a store durable on this machine, as libpmem finds it."""
+    if _native.caches_survive():
+        return "eADR"
+    with open("/proc/cpuinfo", encoding="ascii", errors="replace") as lines:
+        flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    return next((name for name in ("clwb", "clflushopt", "clflush") if name in flags), "unknown")
+
+
 def was_used(device: Device) -> bool:
     """Whether files may have been growing there, with other options, when a mount ended."""
     try:

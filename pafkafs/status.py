@@ -48,6 +48,16 @@ class TierStatus:
 
 
 @dataclass(frozen=True)
+class PoolStatus:
+    """Files prepared for new segments in persistent memory."""
+
+    files: int
+    bytes: int
+    segment_bytes: int  # what Kafka rolls at, as far as known; else 0
+    persist: str  # what makes a store durable
+
+
+@dataclass(frozen=True)
 class MountStatus:
     """A mount.  pid and uptime_s are None when no daemon serves it."""
 
@@ -61,6 +71,7 @@ class MountStatus:
     requests: int = 0
     spilled_files: int = 0
     spilled_bytes: int = 0
+    pool: PoolStatus | None = None
     tiers: tuple[TierStatus, ...] = ()
     problems: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()

@@ -114,6 +114,12 @@ def _show_devices(console: Any, mount: dict[str, Any]) -> None:
                 str(device["files"]),
             )
     console.print(table)
+    if mount["pool"] is not None:
+        pool = mount["pool"]
+        console.print(
+            f"  prepared for new segments in persistent memory ({pool['persist']}): "
+            f"{pool['files']} files, {format_size(pool['bytes'])}"
+        )
     if mount["spilled_files"]:
         console.print(
             f"  moved to make room since the mount: {mount['spilled_files']} files, "
