@@ -12,7 +12,7 @@ ROOT = Path(pafkafs.__file__).parent
 # From the top; modules of one line do not import each other.
 LAYERS = [
     {"commands"},
-    {"daemon", "adoption"},
+    {"daemon", "adoption", "doctor"},
     {"filesystem", "control", "mountpoint"},
     {"status", "migration", "recovery", "garbage"},
     {"namespace"},

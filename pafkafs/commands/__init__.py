@@ -6,6 +6,7 @@ import click
 
 from pafkafs import __version__
 from pafkafs.commands.adopt import adopt
+from pafkafs.commands.doctor import doctor
 from pafkafs.commands.mount import mount
 from pafkafs.commands.status import status
 from pafkafs.commands.umount import umount
@@ -21,10 +22,11 @@ def cli() -> None:
     pafkafs mount /pmem /hdd /kafka-logs    then log.dirs=/kafka-logs
     pafkafs status                          what is where, and what is wrong
     pafkafs umount /kafka-logs
+    pafkafs doctor /pmem /hdd /kafka-logs   what this host lacks
     """
 
 
-for command in (mount, umount, status, adopt):
+for command in (mount, umount, status, adopt, doctor):
     cli.add_command(command)
 
 

@@ -1,0 +1,289 @@
+"""What a host lacks for a mount, or would make it slow: each finding with the command that helps.
+
+It changes nothing.
+"""
+
+import os
+import re
+import resource
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from pafkafs import kernel, mountpoint
+from pafkafs.config import MountOptions
+from pafkafs.device import device_kind, filesystem_type
+from pafkafs.errors import PafkafsError
+from pafkafs.growing import persist_method
+
+OK, WARNING, PROBLEM = "ok", "warning", "problem"
+
+_KERNEL_MIN = (5, 12)
+_FILES_MIN = 65536
+_MAPS_MIN = 262144
+_ND_DEVICES = Path("/sys/bus/nd/devices")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at; action is empty when nothing needs to be done."""
+
+    level: str
+    what: str
+    action: str = ""
+
+
+def examine(options: MountOptions, kafka_config: str | None) -> list[Finding]:
+    """Everything that a mount with these options needs, and that Kafka needs of it."""
+    found = [*_fuse(), *_kernel(), *_limits()]
+    for path in options.fast:
+        found += _directory("fast", path)
+        if os.path.isdir(path):
+            found += _fast(path)
+    for path in options.slow:
+        found += _directory("slow", path)
+    found += _apart(options)
+    found += _mountpoint(options)
+    if kafka_config is not None:
+        found += _kafka(kafka_config, options)
+    return found
+
+
+# -- the host -----------------------------------------------------------------------------------
+
+
+def _fuse() -> Iterator[Finding]:
+    if not os.path.exists("/dev/fuse"):
+        yield Finding(
+            PROBLEM, "/dev/fuse is missing", "modprobe fuse; in a container: --device /dev/fuse"
+        )
+    elif not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        yield Finding(PROBLEM, "this user may not open /dev/fuse", "chmod 0666 /dev/fuse, as root")
+    else:
+        yield Finding(OK, "/dev/fuse can be opened")
+    if os.geteuid() != 0:
+        if shutil.which("fusermount3") is None:
+            yield Finding(PROBLEM, "fusermount3 is missing", "apt-get install fuse3")
+        yield Finding(
+            WARNING,
+            "not root: other users cannot use the mount, and its page cache is not tuned",
+            "mount as root; Kafka runs as its own user all the same",
+        )
+
+
+def _kernel() -> Iterator[Finding]:
+    release = os.uname().release
+    version = tuple(map(int, re.findall(r"\d+", release)[:2]))
+    if version < _KERNEL_MIN:
+        yield Finding(PROBLEM, f"Linux {release} is too old", "use 5.12 or later")
+    elif not kernel.drops_pages_after_direct_write(release):
+        yield Finding(
+            WARNING,
+            f"Linux {release} is not known to keep the page cache right after direct writes: "
+            "an append takes two requests instead of one",
+            "use 6.6.130, 6.12.75, 6.18.10, 6.19 or later",
+        )
+    else:
+        yield Finding(OK, f"Linux {release}")
+
+
+def _limits() -> Iterator[Finding]:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = max(hard, _number("/proc/sys/fs/nr_open")) if os.geteuid() == 0 else hard
+    if most < _FILES_MIN:
+        yield Finding(
+            WARNING,
+            f"at most {most} descriptors: each open file takes two",
+            "ulimit -Hn 1048576; under systemd LimitNOFILE=1048576",
+        )
+    else:
+        yield Finding(OK, f"{most} descriptors")
+    maps = _number("/proc/sys/vm/max_map_count")
+    if maps < _MAPS_MIN:
+        yield Finding(
+            WARNING,
+            f"vm.max_map_count is {maps}: Kafka maps two files for each segment",
+            f"sysctl -w vm.max_map_count={_MAPS_MIN}",
+        )
+
+
+def _number(path: str) -> int:
+    return int(Path(path).read_text())
+
+
+# -- the devices --------------------------------------------------------------------------------
+
+
+def _directory(tier: str, path: str) -> Iterator[Finding]:
+    if not os.path.isdir(path):
+        yield Finding(PROBLEM, f"the {tier} device {path} is no directory", f"mkdir -p {path}")
+        return
+    if not os.access(path, os.W_OK | os.X_OK):
+        yield Finding(
+            PROBLEM,
+            f"this user may not write to the {tier} device {path}",
+            f"chown it: ls -ld {path}",
+        )
+    usage = psutil.disk_usage(path)
+    yield Finding(OK, f"{tier} device {path}: {filesystem_type(path)}, {usage.free >> 30} GiB free")
+
+
+def _fast(path: str) -> Iterator[Finding]:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        kind = device_kind(fd, path)
+    finally:
+        os.close(fd)
+    if kind == "dax":
+        yield Finding(OK, f"{path} is on DAX; stores are made durable with {persist_method()}")
+        return
+    if kind == "memory":
+        yield Finding(
+            WARNING,
+            f"{path} is in memory: a power loss takes its data and all names",
+            "for production use NVMe or persistent memory",
+        )
+        yield from _huge_pages(path)
+        return
+    namespaces = list(pmem_namespaces())
+    if not namespaces:
+        yield Finding(OK, f"{path} is an ordinary filesystem; this host has no persistent memory")
+    for namespace in namespaces:
+        yield Finding(
+            WARNING,
+            f"this host has persistent memory ({namespace.name}, {namespace.mode}, "
+            f"{namespace.size_bytes >> 30} GiB), and {path} does not use it",
+            namespace.commands,
+        )
+
+
+def _huge_pages(path: str) -> Iterator[Finding]:
+    mounts = [p for p in psutil.disk_partitions(all=True) if p.fstype == "tmpfs"]
+    real = os.path.realpath(path)
+    mine = [p for p in mounts if Path(real).is_relative_to(p.mountpoint)]
+    if mine and "huge=" not in max(mine, key=lambda p: len(p.mountpoint)).opts:
+        where = max(mine, key=lambda p: len(p.mountpoint)).mountpoint
+        yield Finding(
+            WARNING,
+            f"the tmpfs at {where} uses small pages: it is several times slower",
+            f"mount -o remount,huge=within_size {where}",
+        )
+
+
+@dataclass(frozen=True)
+class PmemNamespace:
+    """A namespace of persistent memory as sysfs has it; mode is fsdax, devdax, sector or raw."""
+
+    name: str
+    mode: str
+    size_bytes: int
+    block_device: str | None
+
+    @property
+    def commands(self) -> str:
+        """How to get a filesystem with DAX on it."""
+        device = f"/dev/{self.block_device or 'pmem0'}"
+        make = f"mkfs.ext4 {device} && mount -o dax=always {device} /pmem"
+        if self.mode == "fsdax":
+            return f"if {device} holds nothing: {make}"
+        return f"if it holds nothing: ndctl create-namespace -f -e {self.name} -m fsdax && {make}"
+
+
+def pmem_namespaces(devices: Path = _ND_DEVICES) -> Iterator[PmemNamespace]:
+    """The namespaces with some size."""
+    for path in sorted(devices.glob("namespace*")):
+        size = int(_attribute(path, "size") or 0)
+        if size == 0:
+            continue
+        blocks = sorted(path.glob("block/*")) or sorted(devices.glob(f"pfn{path.name[9:]}/block/*"))
+        yield PmemNamespace(
+            path.name,
+            {"memory": "fsdax", "dax": "devdax", "safe": "sector"}.get(
+                _attribute(path, "mode") or "raw", "raw"
+            ),
+            size,
+            blocks[0].name if blocks else None,
+        )
+
+
+def _attribute(path: Path, name: str) -> str | None:
+    try:
+        return (path / name).read_text().strip()
+    except OSError:
+        return None
+
+
+def _apart(options: MountOptions) -> Iterator[Finding]:
+    there = [path for path in options.fast + options.slow if os.path.isdir(path)]
+    filesystems: dict[int, str] = {}
+    for path in there:
+        number = os.stat(path).st_dev
+        if number in filesystems:
+            yield Finding(
+                WARNING,
+                f"{filesystems[number]} and {path} are on one filesystem: they share its room",
+                "give each its own, or limit them with --fast-capacity and --slow-capacity",
+            )
+        filesystems[number] = path
+
+
+def _mountpoint(options: MountOptions) -> Iterator[Finding]:
+    try:
+        mountpoint.check(options.mountpoint, options.fast + options.slow)
+    except PafkafsError as error:
+        yield Finding(PROBLEM, str(error), f"see pafkafs status {options.mountpoint}")
+    else:
+        yield Finding(OK, f"mountpoint {options.mountpoint}")
+
+
+# -- Kafka --------------------------------------------------------------------------------------
+
+
+def _kafka(path: str, options: MountOptions) -> Iterator[Finding]:
+    try:
+        settings = read_properties(path)
+    except OSError as error:
+        yield Finding(PROBLEM, f"cannot read {path}: {error.strerror}", "give server.properties")
+        return
+    value = settings.get("log.dirs") or settings.get("log.dir") or "/tmp/kafka-logs"
+    for directory in value.split(","):
+        if not Path(directory.strip()).is_relative_to(options.mountpoint):
+            yield Finding(
+                WARNING,
+                f"log.dirs has {directory.strip()}, which is not below {options.mountpoint}",
+                f"log.dirs={options.mountpoint}",
+            )
+    if settings.get("log.preallocate", "false").lower() == "true":
+        yield Finding(
+            WARNING,
+            "log.preallocate=true: segments have their full size from the start, and take it",
+            "log.preallocate=false: pafkafs prepares room itself",
+        )
+    yield from _segments(settings.get("log.segment.bytes", str(1 << 30)), options)
+
+
+def _segments(text: str, options: MountOptions) -> Iterator[Finding]:
+    if not text.isdigit():
+        yield Finding(PROBLEM, f"log.segment.bytes={text} is no number", "bytes, such as 268435456")
+        return
+    segment = int(text)
+    for device in options.fast:
+        if os.path.isdir(device) and psutil.disk_usage(device).total < 16 * segment:
+            yield Finding(
+                WARNING,
+                f"{device} has room for less than 16 segments of {segment >> 20} MiB",
+                "a smaller log.segment.bytes: whole segments move",
+            )
+
+
+def read_properties(path: str) -> dict[str, str]:
+    """A Java properties file, as far as server.properties needs it."""
+    found: dict[str, str] = {}
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+        name, separator, value = line.strip().partition("=")
+        if separator and not name.startswith(("#", "!")):
+            found[name.strip()] = value.strip()
+    return found
