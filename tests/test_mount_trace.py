@@ -47,9 +47,10 @@ class Trace:
                 call.returned = -1
                 begun[thread] = call
 
-    def find(self, *words: str) -> list[Call]:
-        """The calls that have returned and have all these words."""
-        return [c for c in self.calls if c.returned >= 0 and all(w in c.text for w in words)]
+    def find(self, kind: str, *words: str) -> list[Call]:
+        """The calls of this kind that have returned and have all these words."""
+        found = [c for c in self.calls if c.returned >= 0 and c.text.startswith(kind)]
+        return [call for call in found if all(word in call.text for word in words)]
 
 
 @contextmanager
