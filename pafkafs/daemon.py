@@ -84,9 +84,9 @@ class Mount:
 
     def _own_problems(self) -> list[status.Problem]:
         found = []
-        damaged = self._namespace.damaged | self._scan.damaged
+        damaged = self._namespace.damaged
         if damaged:
-            example = os.fsdecode(min(damaged))
+            example = os.fsdecode(min(damaged.values()))
             found.append(
                 status.Problem(
                     f"{len(damaged)} stubs do not lead to a device of this set, and opening them "
@@ -167,6 +167,7 @@ class Mount:
             self._place,
             durable_names=self.durability == "power",
         )
+        self._namespace.damaged.update(self._scan.damaged)
         self._spiller = Spiller(self._namespace, self.home, self._by_id, self.options.mode)
         self._reconciler = recovery.Reconciler(self._namespace, self.home, self._scan)
         operations = Filesystem(self._namespace, self.devices)
