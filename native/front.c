@@ -320,6 +320,7 @@ struct front *front_new(int fuse_fd, unsigned threads, int *session_end)
 	pthread_mutex_init(&f->send_lock, NULL);
 	pthread_mutex_init(&f->files_lock, NULL);
 	pthread_mutex_init(&f->inflight_lock, NULL);
+	pthread_mutex_init(&f->stop_lock, NULL);
 	sigaction(STOP_SIGNAL, &stop, NULL);
 	int err = f->buckets == NULL || f->events == NULL || f->wake_fd < 0
 			  ? -ENOMEM
@@ -354,17 +355,22 @@ void front_stop(struct front *f)
 {
 	struct timespec pause = {.tv_nsec = 2000000};
 
+	pthread_mutex_lock(&f->stop_lock);
 	atomic_store(&f->stopping, true);
 	/* Again and again: the signal may come between the test of the flag
 	 * and the read. */
-	while (atomic_load(&f->readers_alive) > 0) {
+	while (!f->joined && atomic_load(&f->readers_alive) > 0) {
 		for (unsigned i = 0; i < f->threads; i++)
 			pthread_kill(f->reader[i], STOP_SIGNAL);
 		nanosleep(&pause, NULL);
 	}
-	for (unsigned i = 0; i < f->threads; i++)
-		pthread_join(f->reader[i], NULL);
-	pthread_join(f->pump, NULL);
+	if (!f->joined) {
+		for (unsigned i = 0; i < f->threads; i++)
+			pthread_join(f->reader[i], NULL);
+		pthread_join(f->pump, NULL);
+		f->joined = true;
+	}
+	pthread_mutex_unlock(&f->stop_lock);
 }
 
 void front_free(struct front *f)
@@ -382,5 +388,6 @@ void front_free(struct front *f)
 	pthread_mutex_destroy(&f->send_lock);
 	pthread_mutex_destroy(&f->files_lock);
 	pthread_mutex_destroy(&f->inflight_lock);
+	pthread_mutex_destroy(&f->stop_lock);
 	free(f);
 }

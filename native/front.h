@@ -45,6 +45,8 @@ struct front {
 	pthread_t pump;
 	_Atomic bool stopping;
 	_Atomic unsigned readers_alive;
+	pthread_mutex_t stop_lock;
+	bool joined;
 	_Atomic uint64_t init_unique;
 	_Atomic bool mapped_direct_io; /* files open for direct I/O can be mapped, too */
 
@@ -69,7 +71,8 @@ struct front {
  * NULL with errno set on failure (fuse_fd then stays the caller's). */
 struct front *front_new(int fuse_fd, unsigned threads, int *session_end);
 int front_start(struct front *f);
-/* Ends the reader threads; requests already read are answered. */
+/* Ends the reader threads; requests already read are answered.  Any thread may
+ * call it, any number of times: each returns when they have ended. */
 void front_stop(struct front *f);
 void front_free(struct front *f);
 

@@ -32,7 +32,8 @@ def adopt(log_dir: str, fast: str, slow: list[str]) -> int:
     skip = _OWN | _NOT_KAFKA if source == device else set()
     _check_moves(source, tree, skip)
     # **Invariant:** while the mark is there, the device is not mounted.  It is durable before
-    # the first rename, and goes when all of them are.
+    # the first rename, and goes when all of them are; the source, which the same command needs
+    # to go on, goes last.
     mark = device / layout.ADOPTING
     mark.touch()
     _sync_directory(device)
@@ -40,12 +41,13 @@ def adopt(log_dir: str, fast: str, slow: list[str]) -> int:
     tree.mkdir(exist_ok=True)
     _move_entries(source, tree, skip)
     _copy_directory_attributes(source, tree)
-    if source != device:
-        source.rmdir()
-    for directory in (tree, device, source.parent):
+    for directory in (tree, device, source):
         _sync_directory(directory)
     mark.unlink()
     _sync_directory(device)
+    if source != device:
+        source.rmdir()
+        _sync_directory(source.parent)
     return len(os.listdir(tree))
 
 

@@ -99,9 +99,9 @@ class Mount:
 
     def _own_problems(self) -> list[status.Problem]:
         found = []
-        damaged = self._namespace.damaged | self._scan.damaged
+        damaged = self._namespace.damaged
         if damaged:
-            example = os.fsdecode(min(damaged))
+            example = os.fsdecode(min(damaged.values()))
             found.append(
                 status.Problem(
                     f"{len(damaged)} stubs do not lead to a device of this set, and opening them "
@@ -191,23 +191,26 @@ class Mount:
             self._place,
             durable_names=self.durability == "power",
         )
+        self._namespace.damaged.update(self._scan.damaged)
         if self._grows:
-            nodes = self._namespace.nodes
-            self._pool = growing.Pool(
-                self._front,
-                self.devices[0],
-                self.home.tree_fd,
-                self.options.pool_ratio,
-                nodes.new_ino,
-            )
-            self._namespace.pool = self._pool
-            self._namespace.segment_size_given = self.options.segment_size is not None
-            nursery.start_soon(self._pool.run)
+            self._build_pool(nursery)
         self._spiller = Spiller(self._namespace, self.home, self._by_id, self.options.mode)
         self._spiller.pool = self._pool
         self._reconciler = recovery.Reconciler(self._namespace, self.home, self._scan)
         operations = Filesystem(self._namespace, self.devices)
         pyfuse3.init(operations, f"/dev/fd/{self._front.session_fd}", set())
+
+    def _build_pool(self, nursery: trio.Nursery) -> None:
+        self._pool = growing.Pool(
+            self._front,
+            self.devices[0],
+            self.home.tree_fd,
+            self.options.pool_ratio,
+            self._namespace.nodes.new_ino,
+        )
+        self._namespace.pool = self._pool
+        self._namespace.segment_size_given = self.options.segment_size is not None
+        nursery.start_soon(self._pool.run)
 
     def _place(self, bulk: bool) -> Device:
         rooms = [device.room for device in self.devices]
@@ -345,6 +348,8 @@ class Mount:
     async def _finish(self) -> None:
         """After the last request: all that was written is made durable."""
         with trio.CancelScope(shield=True):
+            if self._pool is not None:
+                self._pool.drain()
             await self._upkeep.flush(_SYNC_PATIENCE_S / 2)
             # The home device last: its names lead to what the others have.
             async with trio.open_nursery() as nursery:

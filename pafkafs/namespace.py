@@ -314,7 +314,6 @@ class Namespace(Tree):
         pin: _Pin,
     ) -> None:
         self.nodes.remove_name(node, parent, name)
-        self.damaged.discard(parent.path() + b"/" + name)
         if before.nlink > 1 or not stat.S_ISREG(before.status.st_mode):
             if node.stub is not None and node.file is not None:
                 node.file.native.nlink = before.nlink - 1
@@ -331,7 +330,9 @@ class Namespace(Tree):
     def _file_gone(self, node: Node, before: Attributes, parent_fd: int, pin: _Pin) -> None:
         """The last name of a regular file was removed."""
         device = self.home_device if node.stub is None else self.devices[node.stub.device_id]
-        if not node.refused:
+        if node.refused:
+            self.damaged.pop(before.status.st_ino, None)
+        else:
             device.files -= 1
         node.gone = before.status
         if node.stub is not None:
@@ -400,5 +401,4 @@ class Namespace(Tree):
     def _renamed(self, node: Node, old_parent: Node, old: bytes, parent: Node, new: bytes) -> None:
         self.nodes.remove_name(node, old_parent, old)
         self.nodes.add_name(node, parent, new)
-        self.damaged.discard(old_parent.path() + b"/" + old)
         self.names_changed(node)

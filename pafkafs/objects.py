@@ -108,13 +108,15 @@ class ObjectUpkeep:
     async def _work_off(self, device: Device, queue: _Queue) -> None:
         """What a cancelled caller leaves undone stays in the queue."""
         queue.wake = trio.Event()
-        attributes = list(queue.attributes.values())
+        attributes, queue.attributes = queue.attributes, {}
         removals = list(queue.removals)
         if attributes:
-            await device.run(lambda: self._copy_attributes(device, attributes))
-            for stub in attributes:
-                if queue.attributes.get(stub.object_id) is stub:
-                    del queue.attributes[stub.object_id]
+            stubs = list(attributes.values())
+            try:
+                await device.run(lambda: self._copy_attributes(device, stubs))
+            except trio.Cancelled:
+                queue.attributes = {**attributes, **queue.attributes}
+                raise
         if removals and await self._removals_are_durable():
             await device.run(lambda: self._remove(device, removals))
             del queue.removals[: len(removals)]
@@ -124,7 +126,8 @@ class ObjectUpkeep:
         async with self._sync_lock:
             unsynced, self._unsynced = self._unsynced, {}
             try:
-                await trio.to_thread.run_sync(_sync_and_close, list(unsynced.values()))
+                with trio.CancelScope(shield=True):  # nobody else knows of them any more
+                    await trio.to_thread.run_sync(_sync_and_close, list(unsynced.values()))
             except OSError as error:
                 log.error("fsync after a removal failed, objects are kept: %s", error.strerror)
                 self._sync_failed = True

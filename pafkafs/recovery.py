@@ -34,7 +34,7 @@ class Scan:
     plain_files: int = 0
     stubs: dict[str, Stub] = field(default_factory=dict)  # by object id
     copied: set[str] = field(default_factory=set)  # ids that several stubs have
-    damaged: set[bytes] = field(default_factory=set)
+    damaged: dict[int, bytes] = field(default_factory=dict)  # inodes of refused stubs: where
     refused: set[str] = field(default_factory=set)  # ids in the texts of the damaged stubs
     unreadable: str | None = None  # a directory that could not be read, and why
     no_shadow: dict[str, Stub] = field(default_factory=dict)
@@ -58,7 +58,7 @@ def scan_tree(
                 status = os.stat(path, dir_fd=home.tree_fd, follow_symlinks=False)
             _count_plain(scan, status, counted)
         elif stat.S_ISLNK(status.st_mode):
-            stub = _read_stub(scan, home, path, paths)
+            stub = _read_stub(scan, home, path, status.st_ino, paths)
             if stub is None:
                 continue
             device = devices[stub.device_id]
@@ -103,14 +103,14 @@ def _count_plain(scan: Scan, status: os.stat_result, counted: set[int]) -> None:
 
 
 def _read_stub(
-    scan: Scan, home: Home, path: bytes, paths: dict[str, tuple[bytes, ...]]
+    scan: Scan, home: Home, path: bytes, inode: int, paths: dict[str, tuple[bytes, ...]]
 ) -> Stub | None:
     text = os.readlink(path, dir_fd=home.tree_fd)
     try:
         return layout.parse_stub(text, paths)
     except layout.DamagedStub as error:
         log.error("refused stub %s -> %s", os.fsdecode(path), error)
-        scan.damaged.add(path)
+        scan.damaged[inode] = path
         scan.refused.add(layout.object_id_of(text))
         return None
 

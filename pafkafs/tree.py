@@ -43,7 +43,7 @@ class Tree:
         self.nodes = NodeTable(home.tree_fd)
         self._device_paths = {id: (device.path,) for id, device in devices.items()}
         self.home_device = next(iter(devices.values()))
-        self.damaged: set[bytes] = set()  # paths of stubs that were refused
+        self.damaged: dict[int, bytes] = {}  # inodes of stubs that were refused: where
 
     # -- finding ------------------------------------------------------------------------------
 
@@ -64,7 +64,7 @@ class Tree:
                 stub = layout.parse_stub(text, self._device_paths)
             except layout.DamagedStub:
                 refused = True
-                self.damaged.add(parent.path() + b"/" + name)
+                self.damaged[status.st_ino] = os.path.join(parent.path(), name)
         if stub is not None:
             status = self._shadow_status(stub)
         node = self.nodes.obtain(status.st_ino, status, stub)

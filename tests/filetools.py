@@ -238,3 +238,12 @@ def frozen(filesystem: Path) -> Iterator[Callable[[], None]]:
             yield thaw
         finally:
             thaw()
+
+
+def is_stopped_by_a_freeze(pid: int) -> bool:
+    """Whether a thread of the daemon is stopped by the frozen filesystem."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+        if state == "D" and "percpu" in (task / "wchan").read_text():  # for the thaw
+            return True
+    return False

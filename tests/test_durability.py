@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import MakeMount
-from harness import Mount, loop_filesystem, wait_until
+from harness import Mount, is_mounted, loop_filesystem, wait_until
 
 _EXT4_IOC_SHUTDOWN = 0x8004587D
 _NO_LOG_FLUSH = 2
@@ -28,30 +28,31 @@ class Machine:
     def __init__(self, base: Path) -> None:
         self.base = base
         self._stack = ExitStack()
-        self._images: list[tuple[Path, Path]] = []
         mountpoint = base / "mnt"
         mountpoint.mkdir(parents=True)
         for name, size in (("fast", "64M"), ("slow", "256M")):
             self._stack.enter_context(
                 loop_filesystem(base / f"{name}.img", base / name, size, MKFS)
             )
-            self._images.append((base / f"{name}.img", base / name))
         self.mount = Mount(
             base / "fast", base / "slow", mountpoint, ("--durability", "power"), base / "log"
         )
 
-    def cut_power(self) -> None:
-        """Both filesystems stop at once; the daemon dies; both are mounted again."""
+    def cut_power(self, *names: str) -> None:
+        """These filesystems, or both, stop at once; the daemon, if there is one, dies; they are
+        mounted again."""
         flag = struct.pack("I", _NO_LOG_FLUSH)
-        for _, path in self._images:
+        paths = [self.base / name for name in names or ("fast", "slow")]
+        for path in paths:
             fd = os.open(path, os.O_RDONLY)
             fcntl.ioctl(fd, _EXT4_IOC_SHUTDOWN, flag)
             os.close(fd)
-        self.mount.kill()
-        self.mount.clean_up()
-        for image, path in self._images:
+        if is_mounted(self.mount.mountpoint):
+            self.mount.kill()
+            self.mount.clean_up()
+        for path in paths:
             wait_until(lambda path=path: os.system(f"umount {path} 2>/dev/null") == 0, "umount")
-            assert os.system(f"mount -o loop {image} {path}") == 0
+            assert os.system(f"mount -o loop {path}.img {path}") == 0
 
     def close(self) -> None:
         self.mount.clean_up()
@@ -160,3 +161,37 @@ def test_process_mode_keeps_every_acked_byte_through_sigkill_of_the_daemon(
     mount.start()
     assert mount.device("slow")["files"] > 0
     assert appender.check() > 5000
+
+
+def test_umount_makes_durable_what_nobody_fsynced(machine: Machine) -> None:
+    mount = machine.mount.start("--durability", "process", "--fast-capacity", "8MiB")
+    directory = mount.mountpoint / "orders-0"
+    directory.mkdir()
+    (directory / "plain").write_bytes(b"x" * (1 << 20))
+    (directory / "demoted").write_bytes(b"x" * (12 << 20))
+    (directory / "demoted").chmod(0o604)
+    assert (mount.tree / "orders-0/demoted").is_symlink()
+    with open(directory / "demoted", "ab", buffering=0) as stream:
+        stream.write(b"more")
+    mount.stop()
+    machine.cut_power()
+    mount.start()
+    assert (directory / "plain").read_bytes() == b"x" * (1 << 20)
+    assert (directory / "demoted").read_bytes() == b"x" * (12 << 20) + b"more"
+    assert (directory / "demoted").stat().st_mode & 0o777 == 0o604
+
+
+def test_fsync_covers_what_a_daemon_that_was_killed_had_acked(machine: Machine) -> None:
+    mount = machine.mount.start("--durability", "process", "--mode", "slow")
+    path = mount.mountpoint / "file"
+    with open(path, "xb", buffering=0) as stream:
+        stream.write(b"durable")
+        os.fsync(stream.fileno())
+        stream.write(b", acked" * 10_000)
+        mount.kill()
+    mount.start("--durability", "process")
+    with open(path, "rb") as stream:
+        os.fsync(stream.fileno())
+    machine.cut_power("slow")
+    mount.start()
+    assert path.read_bytes() == b"durable" + b", acked" * 10_000

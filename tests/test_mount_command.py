@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,20 @@ def assert_refused(mount: Mount, *words: str) -> None:
     assert entries(mount.fast, mount.slow, mount.mountpoint) == before
 
 
+@contextmanager
+def foreground(mount: Mount) -> Iterator[subprocess.Popen[str]]:
+    """`pafkafs mount -f`, ended after the test in whatever state that left it."""
+    paths = map(str, (mount.fast, mount.slow, mount.mountpoint))
+    command = [PAFKAFS, "mount", "-f", *mount.options, *paths]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as daemon:
+        try:
+            wait_until(lambda: is_mounted(mount.mountpoint), "the mount")
+            yield daemon
+        finally:
+            if daemon.poll() is None:
+                daemon.kill()
+
+
 def test_mount_returns_when_requests_are_served(make_mount: MakeMount) -> None:
     mount = make_mount().start()
     (mount.mountpoint / "file").write_bytes(b"x")
@@ -46,9 +62,7 @@ def test_mount_returns_when_requests_are_served(make_mount: MakeMount) -> None:
 
 def test_foreground_serves_until_sigterm_and_exits_0(make_mount: MakeMount) -> None:
     mount = make_mount()
-    command = [PAFKAFS, "mount", "-f", str(mount.fast), str(mount.slow), str(mount.mountpoint)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as daemon:
-        wait_until(lambda: is_mounted(mount.mountpoint), "the mount")
+    with foreground(mount) as daemon:
         (mount.mountpoint / "file").write_bytes(b"x")
         daemon.terminate()
         _, errors = daemon.communicate(timeout=30)
@@ -85,6 +99,21 @@ def test_stores_into_a_mapping_survive_sigterm(make_mount: MakeMount) -> None:
             os.kill(pid, signal.SIGTERM)
             wait_until(lambda: not is_running(pid), "the daemon's end")
     assert (mount.tree / "file").read_bytes()[5000:5004] == b"here"
+
+
+def test_sigterm_after_a_lazy_umount_by_somebody_else_ends_the_daemon(
+    make_mount: MakeMount,
+) -> None:
+    mount = make_mount()
+    path = mount.mountpoint / "file"
+    with foreground(mount) as daemon, open(path, "wb", buffering=0) as stream:
+        stream.write(b"kept")
+        subprocess.run(["umount", "-l", mount.mountpoint], check=True)
+        daemon.terminate()
+        _, errors = daemon.communicate(timeout=30)
+    assert daemon.returncode == 0, errors
+    assert "Traceback" not in errors
+    assert (mount.tree / "file").read_bytes() == b"kept"
 
 
 def test_mount_left_dead_by_sigkill_is_replaced(make_mount: MakeMount) -> None:
@@ -294,6 +323,7 @@ def test_state_directory_of_another_user_is_refused(make_mount: MakeMount) -> No
     ("options", "word"),
     [
         (["--fast-capacity", "lots"], "not a size"),
+        (["--fast-capacity", "99999P"], "more than any device has"),
         (["--fast-capacity", "1GiB,2GiB"], "2 sizes for 1 devices"),
         (["--mode", "sideways"], "sideways"),
         (["--durability", "never"], "never"),
@@ -307,6 +337,7 @@ def test_bad_option_is_a_usage_error(make_mount: MakeMount, options: list[str], 
     assert result.returncode == 2
     assert word in result.stderr
     assert "Traceback" not in result.stderr
+    assert "unexpected" not in result.stderr
 
 
 def test_missing_arguments_are_a_usage_error() -> None:
@@ -367,6 +398,34 @@ def test_mount_helper_refuses_what_it_does_not_know(make_mount: MakeMount) -> No
         )
         assert result.returncode == 2
         assert options in result.stderr
+
+
+READ_ONLY_SYS = """
+mount -o remount,bind,ro /sys || exit 3
+{pafkafs} mount --log-file {log} {devices} {mountpoint} || exit 4
+echo x > {mountpoint}/background || exit 4
+{pafkafs} umount {mountpoint} || exit 5
+{pafkafs} mount -f {devices} {mountpoint} &
+until mountpoint -q {mountpoint}; do kill -0 $! || exit 6; sleep 0.02; done
+echo x > {mountpoint}/foreground || exit 7
+kill $! && wait $!
+"""
+
+
+def test_mount_works_where_sys_is_read_only(make_mount: MakeMount) -> None:
+    mount = make_mount()
+    script = READ_ONLY_SYS.format(
+        pafkafs=PAFKAFS,
+        log=mount.log,
+        devices=f"{mount.fast} {mount.slow}",
+        mountpoint=mount.mountpoint,
+    )
+    result = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    assert sorted(os.listdir(mount.tree)) == ["background", "foreground"]
 
 
 def test_mount_type_pafkafs_works_through_mount_8(make_mount: MakeMount) -> None:

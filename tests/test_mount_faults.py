@@ -7,6 +7,7 @@ nothing; killed, every system call on it fails.
 import errno
 import os
 import signal
+import stat
 import subprocess
 import threading
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import MakeMount
-from harness import Mount, is_mounted, is_running, tree_contents, wait_until
+from harness import PAFKAFS, Mount, is_mounted, is_running, tree_contents, wait_until
 
 NORMAL_S = 1.0  # generous for a loaded machine, and far from a hang
 DATA = bytes(range(256)) * 256
@@ -231,6 +232,101 @@ def test_stub_edited_to_point_elsewhere_is_refused(make_mount: MakeMount, text: 
     assert (mount.mountpoint / "other").read_bytes() == b"other"
     assert "other" in os.listdir(mount.mountpoint)
     assert "do not lead to a device" in mount.status()["problems"][0]["problem"]
+
+
+def spoil(stub: Path) -> None:
+    """What `sed` over all symlinks may come to."""
+    text = os.readlink(stub)
+    stub.unlink()
+    stub.symlink_to("/elsewhere" + text)
+
+
+def wait_for_the_collection_of_garbage(mount: Mount) -> None:
+    """For what make_garbage made to be put aside."""
+    wait_until(lambda: len(list(mount.slow.glob("lost/garbage~*"))) == 1, "the garbage of objects")
+    wait_until(lambda: (mount.fast / "lost" / GARBAGE_ID).exists(), "the garbage of shadows")
+
+
+GARBAGE_ID = "0123456789abcdef"
+
+
+def make_garbage(mount: Mount) -> None:
+    """An object and a shadow without a stub: when they are gone, others would be, too."""
+    (mount.slow / f"objects/garbage~01234567.{GARBAGE_ID}").touch()
+    (mount.fast / "shadows" / GARBAGE_ID).touch()
+
+
+def test_file_with_a_refused_stub_is_listed_and_empty_and_can_be_renamed_and_removed(
+    make_mount: MakeMount,
+) -> None:
+    mount = make_mount("--mode", "slow").start()
+    directory = mount.mountpoint / "orders-0"
+    directory.mkdir()
+    for name in ("a", "b", "c"):
+        (directory / name).write_bytes(DATA)
+    mount.stop()
+    for name in ("a", "b"):
+        spoil(mount.tree / "orders-0" / name)
+    mount.start()
+    assert sorted(os.listdir(directory)) == ["a", "b", "c"]
+    assert all(entry.is_file(follow_symlinks=False) for entry in os.scandir(directory))
+    status = (directory / "a").lstat()
+    assert (stat.S_ISREG(status.st_mode), status.st_size) == (True, 0)
+    for flags in (os.O_RDONLY, os.O_RDWR, os.O_WRONLY | os.O_TRUNC, os.O_RDWR | os.O_CREAT):
+        with pytest.raises(OSError, match=r".") as caught:
+            os.close(os.open(directory / "a", flags))
+        assert caught.value.errno == errno.EIO
+    problem = mount.status()["problems"][0]["problem"]
+    assert problem.startswith("2 stubs do not lead")
+    assert "orders-0/a" in problem
+    (directory / "a").rename(directory / "renamed")
+    directory = directory.rename(mount.mountpoint / "orders-0.0123-delete")
+    assert sorted(os.listdir(directory)) == ["b", "c", "renamed"]
+    for name in ("b", "c", "renamed"):
+        (directory / name).unlink()
+    assert mount.status()["problems"] == []
+    directory.rmdir()
+    assert os.listdir(mount.tree) == []
+    mount.restart()
+    assert mount.status()["state"] == "healthy"
+
+
+def test_refused_stub_that_is_restored_leads_to_the_data_again(make_mount: MakeMount) -> None:
+    mount, path = make_slow_file(make_mount)
+    stub = mount.tree / "file"
+    text = os.readlink(stub)
+    spoil(stub)
+    make_garbage(mount)
+    mount.start()
+    wait_for_the_collection_of_garbage(mount)
+    mount.stop()
+    stub.unlink()
+    stub.symlink_to(text)
+    mount.start()
+    assert path.read_bytes() == DATA
+    assert mount.status()["state"] == "healthy"
+
+
+def test_missing_object_of_a_name_that_is_no_text_is_logged_escaped(make_mount: MakeMount) -> None:
+    mount = make_mount("--mode", "slow").start()
+    path = os.fsencode(mount.mountpoint) + b"/caf\xe9"
+    with open(path, "xb") as stream:
+        stream.write(DATA)
+    mount.stop()
+    mount.objects[0].unlink()
+    paths = map(str, (mount.fast, mount.slow, mount.mountpoint))
+    with subprocess.Popen(
+        [PAFKAFS, "mount", "-f", *paths], stderr=subprocess.PIPE, text=True
+    ) as daemon:
+        wait_until(lambda: is_mounted(mount.mountpoint), "the mount")
+        with pytest.raises(OSError, match=r"."), open(path, "rb") as stream:
+            stream.read()
+        daemon.terminate()
+        _, log = daemon.communicate(timeout=30)
+    assert daemon.returncode == 0, log
+    assert "caf\\udce9~" in log
+    assert "Traceback" not in log
+    assert "Logging error" not in log
 
 
 def test_symlink_planted_among_the_objects_is_not_followed(

@@ -1,14 +1,21 @@
 """Many callers at once, callers that are killed, and a mount that is torn away under them."""
 
 import os
+import random
+import socket
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 from conftest import MakeMount
+from filetools import MIB, Child
 from harness import Mount, is_mounted, is_running, wait_until
 
 CALLERS = 1000
+SENDING_S = 3.0
+TAIL_BYTES = 100_000
+SEGMENT_BYTES = 400 * MIB
 
 
 def descriptors(pid: int) -> int:
@@ -66,6 +73,47 @@ def test_callers_killed_at_any_moment_leave_the_mount_at_work(mount: Mount) -> N
     (mount.mountpoint / "after").write_bytes(b"fine")
     assert (mount.mountpoint / "after").read_bytes() == b"fine"
     wait_until(lambda: descriptors(pid) <= before + 4, "the descriptors to be closed")
+
+
+def send_tail(path: Path, until: float) -> int:
+    """Sends what comes to a file, as soon as it is there, and looks at it; how much."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours, theirs, open(path, "rb", buffering=0) as stream:
+        position, total = 0, 0
+        while time.monotonic() < until:
+            sent = os.sendfile(theirs.fileno(), stream.fileno(), position, TAIL_BYTES)
+            got = ours.recv(sent, socket.MSG_WAITALL) if sent else b""
+            assert got == pattern(position, sent), f"wrong bytes at {position}, {sent} sent"
+            total += sent
+            position = max(position + sent, os.fstat(stream.fileno()).st_size - TAIL_BYTES)
+    return total
+
+
+PERIOD = 65_521  # no power of 2: a page in the wrong place is seen
+UNIT = random.Random(0).randbytes(PERIOD).replace(b"\0", b"\1")
+
+
+def pattern(position: int, length: int) -> bytes:
+    """What is at a position of the file; a zero byte is nowhere."""
+    start = position % PERIOD
+    return (UNIT * (2 + length // PERIOD))[start : start + length]
+
+
+def test_tail_that_is_sent_while_a_segment_is_appended_to_never_has_a_wrong_byte(
+    make_mount: MakeMount,
+) -> None:
+    mount = make_mount("--fast-capacity", "1GiB").start()
+    directory = mount.mountpoint / "orders-0"
+    directory.mkdir()
+    path = directory / "00000000000000000000.log"
+    sizes, length = random.Random(1), 0
+    with open(path, "xb", buffering=0) as stream:
+        until = time.monotonic() + SENDING_S
+        readers = [Child(lambda: send_tail(path, until)) for _ in range(2)]
+        while time.monotonic() < until and length < SEGMENT_BYTES:
+            length += stream.write(pattern(length, sizes.randint(1, 70_000)))
+        assert min(reader.result() for reader in readers) > 10 * MIB
+    assert path.stat().st_size == length
 
 
 def test_forced_unmount_ends_the_daemon_and_loses_nothing(make_mount: MakeMount) -> None:

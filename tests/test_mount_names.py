@@ -5,8 +5,9 @@ import mmap
 import os
 import socket
 import stat
-from collections.abc import Iterator
-from contextlib import closing
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from filetools import (
 from harness import Mount, wait_until
 
 TEXT = bytes(range(256)) * 40
+COARSE_CLOCK = 5  # of the kernel's own timestamps
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +256,27 @@ def test_file_stays_until_its_last_link_is_removed(files: Files) -> None:
         assert file.read() == TEXT
     assert other.read_bytes() == TEXT
     assert other.stat().st_nlink == 1
+
+
+@pytest.mark.parametrize("opened_meanwhile", [False, True])
+def test_rename_link_and_unlink_of_another_link_change_the_ctime(
+    files: Files, opened_meanwhile: bool
+) -> None:
+    path = files.make("file", TEXT)
+    link, renamed = files.directory / "link", files.directory / "renamed"
+
+    def ctime_changes(act: Callable[[], object]) -> bool:
+        before = path.stat()
+        wait_until(lambda: time.clock_gettime_ns(COARSE_CLOCK) > before.st_ctime_ns, "a tick")
+        act()
+        after = (path if path.exists() else renamed).stat()
+        assert (after.st_mtime_ns, after.st_mode) == (before.st_mtime_ns, before.st_mode)
+        return after.st_ctime_ns > before.st_ctime_ns
+
+    with opened(path, os.O_RDONLY) if opened_meanwhile else nullcontext():
+        assert ctime_changes(lambda: os.link(path, link))
+        assert ctime_changes(link.unlink)
+        assert ctime_changes(lambda: path.rename(renamed))
 
 
 def test_links_are_counted_also_when_one_was_never_looked_at(make_mount: MakeMount) -> None:

@@ -20,6 +20,7 @@ from filetools import (
     frozen,
     in_children,
     is_spilled,
+    is_stopped_by_a_freeze,
     shared_mount,
     start_writeback,
     write_all,
@@ -609,15 +610,6 @@ def spilling(on_ext4: Mount) -> Iterator[Spilling]:
         stack.callback(spilling.close)
         wait_until(lambda: is_stopped_by_a_freeze(pid), "the copy to begin")
         yield spilling
-
-
-def is_stopped_by_a_freeze(pid: int) -> bool:
-    """Whether a thread of the daemon is stopped by the frozen filesystem."""
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        state = (task / "stat").read_text().rpartition(")")[2].split()[0]
-        if state == "D" and "percpu" in (task / "wchan").read_text():  # for the thaw
-            return True
-    return False
 
 
 def test_file_is_renamed_while_it_spills(spilling: Spilling) -> None:

@@ -6,11 +6,13 @@ The user gets CAP_DAC_READ_SEARCH, so that it may read the Python of whoever run
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from harness import PAFKAFS, is_mounted, let_others_search, wait_until
+from harness import PAFKAFS, is_mounted, let_others_search, run_pafkafs, wait_until
 
 USER = 65534  # nobody: fusermount3 wants a name
 AS_USER = [
@@ -21,6 +23,17 @@ AS_USER = [
     "--inh-caps=+dac_read_search",
     "--ambient-caps=+dac_read_search",
 ]
+
+
+# `pafkafs` without that capability, once what it needs is loaded.
+WITHOUT_CAPABILITIES = """
+import ctypes, logging.handlers
+from pafkafs import daemon
+from pafkafs.commands import main
+header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+assert ctypes.CDLL(None).capset(header, none) == 0
+main()
+"""
 
 
 class UserMount:
@@ -43,10 +56,15 @@ class UserMount:
             [*AS_USER, *command], env=self.environment, capture_output=True, text=True, check=False
         )
 
-    def start(self, *options: str) -> None:
+    def start(self, *options: str, command: tuple[str, ...] = (PAFKAFS,)) -> None:
         paths = (str(self.fast), str(self.slow), str(self.mountpoint))
-        result = self.run(PAFKAFS, "mount", *options, *paths)
+        result = self.run(*command, "mount", *options, *paths)
         assert result.returncode == 0, result.stderr
+
+    def status(self) -> dict[str, Any]:
+        result = self.run(PAFKAFS, "status", "--json", str(self.mountpoint))
+        status: dict[str, Any] = json.loads(result.stdout)["mounts"][0]
+        return status
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -111,3 +129,70 @@ def test_killed_daemon_of_a_user_is_replaced(user_mount: UserMount) -> None:
     wait_until(lambda: user_mount.run("ls", str(user_mount.mountpoint)).returncode != 0, "death")
     user_mount.start()
     assert user_mount.run("ls", str(user_mount.mountpoint)).returncode == 0
+
+
+def test_files_in_a_directory_that_cannot_be_read_are_not_taken_for_garbage(
+    user_mount: UserMount,
+) -> None:
+    def kept() -> list[str]:
+        found = [*(user_mount.slow / "objects").rglob("*"), *user_mount.fast.glob("shadows/*")]
+        return sorted(path.name for path in found)
+
+    user_mount.start("--mode", "slow")
+    script = "cd {0}; mkdir closed; echo one > closed/one; echo two > two"
+    assert user_mount.run("sh", "-c", script.format(user_mount.mountpoint)).returncode == 0
+    assert user_mount.run(PAFKAFS, "umount", str(user_mount.mountpoint)).returncode == 0
+    before = kept()
+    (user_mount.fast / "tree/closed").chmod(0)
+    user_mount.start(command=(sys.executable, "-c", WITHOUT_CAPABILITIES))
+    (problem,) = user_mount.status()["problems"]
+    assert "closed (Permission denied)" in problem["problem"]
+    assert user_mount.run("cat", f"{user_mount.mountpoint}/two").stdout == "two\n"
+    assert user_mount.run(PAFKAFS, "umount", str(user_mount.mountpoint)).returncode == 0
+    assert kept() == before
+    (user_mount.fast / "tree/closed").chmod(0o755)
+    user_mount.start()
+    assert user_mount.run("cat", f"{user_mount.mountpoint}/closed/one").stdout == "one\n"
+    assert user_mount.status()["state"] == "healthy"
+
+
+def test_who_has_no_control_socket_of_a_live_mount_is_told_so_and_unmounts_it_only_when_idle(
+    user_mount: UserMount,
+) -> None:
+    where = str(user_mount.mountpoint)
+    user_mount.start()
+    (asked_by_root,) = json.loads(run_pafkafs("status", "--json", where).stdout)["mounts"]
+    user_mount.environment["XDG_RUNTIME_DIR"] += "/elsewhere"
+    for status in (asked_by_root, user_mount.status()):
+        assert status["state"] == "unknown"
+        assert "alive" in status["problems"][0]["problem"]
+    script = f"exec 3> {where}/file; {PAFKAFS} umount {where}; code=$?; echo kept >&3; exit $code"
+    refused = user_mount.run("sh", "-c", script)
+    assert refused.returncode == 1, refused.stderr
+    assert "stop what has files open there" in refused.stderr
+    assert is_mounted(user_mount.mountpoint)
+    idle = user_mount.run(PAFKAFS, "umount", where)
+    assert idle.returncode == 0, idle.stderr
+    assert not is_mounted(user_mount.mountpoint)
+    assert (user_mount.fast / "tree/file").read_text() == "kept\n"
+
+
+def test_runtime_directory_that_is_not_there_is_made(user_mount: UserMount) -> None:
+    user_mount.environment["XDG_RUNTIME_DIR"] += "/not/there"
+    user_mount.start()
+    assert user_mount.status()["state"] == "healthy"
+
+
+def test_adopting_a_log_directory_of_another_user_is_refused_in_one_line(
+    user_mount: UserMount,
+) -> None:
+    log_dir = user_mount.fast.with_name("kafka-logs")
+    log_dir.mkdir()
+    (log_dir / "meta.properties").touch()
+    devices = (str(user_mount.fast), str(user_mount.slow))
+    result = user_mount.run(PAFKAFS, "adopt", str(log_dir), *devices)
+    assert result.returncode == 1
+    assert result.stderr.startswith("pafkafs: ")
+    assert result.stderr.count("\n") == 1
+    assert "owner or root" in result.stderr
+    assert (os.listdir(user_mount.fast), os.listdir(log_dir)) == ([], ["meta.properties"])
