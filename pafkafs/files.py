@@ -55,8 +55,10 @@ class OpenFile:
         self.quiet: trio.Event | None = None
 
     async def close_gate(self) -> None:
-        """No change of the file is under way when this returns, and none begins."""
-        assert self.gate_open is None
+        """No change of the file is under way when this returns, and none begins.  Waits for who
+        has closed it before."""
+        while self.gate_open is not None:
+            await self.gate_open.wait()
         self.gate_open = trio.Event()
         self.quiet = trio.Event()
         if not self.native.close_gate():
@@ -72,8 +74,6 @@ class OpenFile:
 
     async def closed_gate(self, act: Callable[[], None]) -> None:
         """Runs what replaces the backing in a thread of the device, with the gate closed."""
-        while self.gate_open is not None:
-            await self.gate_open.wait()
         await self.close_gate()
         try:
             await self.device.run(act)
