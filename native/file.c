@@ -175,6 +175,8 @@ struct file *file_open(struct front *f, uint64_t ino, struct backing *b)
 	file->ino = ino;
 	file->backing = b;
 	file->parked_tail = &file->parked;
+	file->changed_from = INT64_MAX;
+	file->changed_to = -1;
 	file->nlink = 1;
 	file->changed_seq = b->entries_dirty && b->object != NULL ? 1 : 0;
 	file->counted_bytes = allocated_bytes(atomic_load(&b->data_fd));
@@ -486,11 +488,26 @@ void file_end_growing(struct file *file)
 	pthread_mutex_unlock(&file->lock);
 }
 
-void file_mark_changed(struct file *file)
+void file_mark_changed(struct file *file, int64_t from, int64_t to)
 {
 	pthread_mutex_lock(&file->lock);
 	file->changed_seq++;
+	if (from < file->changed_from)
+		file->changed_from = from;
+	if (to > file->changed_to)
+		file->changed_to = to;
 	pthread_mutex_unlock(&file->lock);
+}
+
+bool file_take_changes(struct file *file, int64_t *from, int64_t *to)
+{
+	pthread_mutex_lock(&file->lock);
+	*from = file->changed_from;
+	*to = file->changed_to;
+	file->changed_from = INT64_MAX;
+	file->changed_to = -1;
+	pthread_mutex_unlock(&file->lock);
+	return *from <= *to;
 }
 
 bool file_unsynced(struct file *file, uint64_t *seq)

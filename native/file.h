@@ -59,6 +59,7 @@ struct file {
 	struct request *parked, **parked_tail;
 	int64_t counted_bytes; /* what the device's used_bytes holds of it */
 	uint32_t nlink;    /* with a shadow: links of the stub */
+	int64_t changed_from, changed_to; /* since a copy has looked; from > to: nothing */
 	uint64_t changed_seq; /* counts changes of the bytes or the size */
 	uint64_t synced_seq;  /* the last of them that an fsync covered */
 	uint32_t error_seq;
@@ -125,7 +126,11 @@ bool file_first_write(struct file *file);
 bool file_begin_growing(struct file *file);
 void file_end_growing(struct file *file);
 
-void file_mark_changed(struct file *file);
+/* Bytes from..to, or the size, changed: fsync has something to do, and so has
+ * who copies the file meanwhile. */
+void file_mark_changed(struct file *file, int64_t from, int64_t to);
+/* The range that has changed since the last call; false: none. */
+bool file_take_changes(struct file *file, int64_t *from, int64_t *to);
 /* True when there is something to sync; *seq is for file_synced. */
 bool file_unsynced(struct file *file, uint64_t *seq);
 /* An fsync that began at seq has ended; error 0 or a positive errno, which

@@ -170,7 +170,7 @@ static int write_backing(struct io *io, const struct fuse_write_in *arg)
 	int err = write_all(atomic_load(&b->data_fd), io->payload, arg->size, offset,
 			    b->dev->power);
 
-	file_mark_changed(io->file);
+	file_mark_changed(io->file, offset, offset + arg->size);
 	if (err < 0 || b->shadow_fd < 0)
 		return err;
 	err = object_touch_shadow(io->file, b, offset + arg->size, &grew);
@@ -332,8 +332,10 @@ static enum io_result write_growing(struct io *io, const struct fuse_write_in *a
 	}
 	if (is_full(err))
 		return park_for_room(io);
-	if (err == 0)
+	if (err == 0) {
+		file_mark_changed(io->file, (int64_t)arg->offset, (int64_t)end);
 		grow_ahead_if_need_be(io, end);
+	}
 	file_leave(io->file);
 	if (err < 0) {
 		events_put(io->f->events, EVENT_IO_ERROR, io->file->ino, -err);
@@ -532,7 +534,7 @@ static int truncate_backing(struct file *file, struct backing *b, int64_t size)
 	if (err == 0 && b->shadow_fd >= 0 && ftruncate(b->shadow_fd, size) != 0)
 		err = -errno;
 	if (err == 0) {
-		file_mark_changed(file);
+		file_mark_changed(file, size, size);
 		file_settle(file, b, 0);
 	}
 	return err;
@@ -586,7 +588,7 @@ static int fallocate_backing(struct io *io, const struct fuse_fallocate_in *arg)
 	if (fallocate(atomic_load(&b->data_fd), (int)arg->mode, (off_t)arg->offset,
 		      (off_t)arg->length) != 0)
 		return -errno;
-	file_mark_changed(io->file);
+	file_mark_changed(io->file, (int64_t)arg->offset, (int64_t)(arg->offset + arg->length));
 	if (b->shadow_fd < 0)
 		return 0;
 	int64_t end = arg->mode & FALLOC_FL_KEEP_SIZE ? 0
@@ -659,7 +661,8 @@ static ssize_t copy_plain(struct io *io, struct file *to_file,
 					 (size_t)reserved, 0);
 		if (copied < 0)
 			copied = errno == EXDEV || is_full(-errno) ? -EOPNOTSUPP : -errno;
-		file_mark_changed(to_file);
+		file_mark_changed(to_file, (int64_t)arg->off_out,
+				  (int64_t)arg->off_out + reserved);
 		file_settle(to_file, to, reserved);
 	}
 	backing_unref(to);

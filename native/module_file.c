@@ -251,12 +251,24 @@ static PyObject *open_data(FileObject *self, PyObject *ignored)
 	return none_or_errno(err);
 }
 
+static PyObject *take_changes(FileObject *self, PyObject *ignored)
+{
+	int64_t from, to;
+
+	(void)ignored;
+	if (opened(self) == NULL)
+		return NULL;
+	if (!file_take_changes(self->file, &from, &to))
+		Py_RETURN_NONE;
+	return Py_BuildValue("(LL)", (long long)from, (long long)to);
+}
+
 static PyObject *mark_changed(FileObject *self, PyObject *ignored)
 {
 	(void)ignored;
 	if (opened(self) == NULL)
 		return NULL;
-	file_mark_changed(self->file);
+	file_mark_changed(self->file, INT64_MAX, -1); /* attributes, no bytes */
 	Py_RETURN_NONE;
 }
 
@@ -343,6 +355,7 @@ static PyMethodDef methods[] = {
 	{"truncate", (PyCFunction)truncate_py, METH_O, NULL},
 	{"sync", (PyCFunction)sync_py, METH_NOARGS, NULL},
 	{"open_data", (PyCFunction)open_data, METH_NOARGS, NULL},
+	{"take_changes", (PyCFunction)take_changes, METH_NOARGS, NULL},
 	{"mark_changed", (PyCFunction)mark_changed, METH_NOARGS, NULL},
 	{NULL, NULL, 0, NULL},
 };

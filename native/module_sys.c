@@ -59,14 +59,14 @@ static PyObject *py_rename(PyObject *self, PyObject *args)
 
 static PyObject *py_copy_data(PyObject *self, PyObject *args)
 {
-	int from_fd, to_fd, err;
+	int from_fd, to_fd, keep_holes, err;
 	long long offset, end;
 
 	(void)self;
-	if (!PyArg_ParseTuple(args, "iiLL", &from_fd, &to_fd, &offset, &end))
+	if (!PyArg_ParseTuple(args, "iiLLp", &from_fd, &to_fd, &offset, &end, &keep_holes))
 		return NULL;
 	Py_BEGIN_ALLOW_THREADS
-	err = sys_copy_data(from_fd, to_fd, offset, end);
+	err = sys_copy_data(from_fd, to_fd, offset, end, keep_holes);
 	Py_END_ALLOW_THREADS
 	return none_or_errno(err);
 }

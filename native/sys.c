@@ -70,12 +70,14 @@ static int copy_range(int from_fd, int to_fd, off_t offset, off_t end, char *buf
 	return 0;
 }
 
-int sys_copy_data(int from_fd, int to_fd, off_t offset, off_t end)
+int sys_copy_data(int from_fd, int to_fd, off_t offset, off_t end, bool keep_holes)
 {
 	char *buffer = malloc(COPY_BYTES);
 	int err = buffer == NULL ? -ENOMEM : 0;
 
-	while (err == 0 && offset < end) {
+	if (err == 0 && !keep_holes)
+		err = copy_range(from_fd, to_fd, offset, end, buffer);
+	while (err == 0 && keep_holes && offset < end) {
 		off_t data = lseek(from_fd, offset, SEEK_DATA);
 		if (data < 0 && errno == ENXIO)
 			break; /* only a hole is left */

@@ -1,7 +1,8 @@
-"""Copies the data of a file into a new object, piece by piece, and makes the copy durable.
+"""Copies the data of a file to another device, piece by piece, and makes the copy durable.
 
 Each piece runs in a thread of the device, and each has to be done within some patience: a device
-that hangs is left alone, and the file stays where it is.
+that hangs is left alone, and the file stays where it is.  What a copy has read and written does not
+stay in the page cache.
 """
 
 import errno
@@ -9,6 +10,8 @@ import io
 import os
 from collections.abc import Callable
 from typing import TypeVar
+
+import trio
 
 from pafkafs import _native, layout
 from pafkafs.device import Device
@@ -27,19 +30,86 @@ class SourceError(OSError):
     """The data could not be read where it is."""
 
 
-async def copy_to_object(data_fd: int, status: os.stat_result, target: Device, stub: Stub) -> int:
-    """A durable copy, with the attributes of status, of a file that does not change meanwhile;
-    its descriptor.  Raises SourceError, or the OSError of the target."""
+class Pace:
+    """Bounds how many bytes per second all copies together read; 0 is no bound."""
+
+    def __init__(self, bytes_per_s: int) -> None:
+        self.bytes_per_s = bytes_per_s
+        self._free_at = 0.0
+
+    async def wait(self, count: int) -> None:
+        """Until count more bytes may be read."""
+        if self.bytes_per_s == 0:
+            return
+        now = trio.current_time()
+        self._free_at = max(now, self._free_at) + count / self.bytes_per_s
+        await trio.sleep(self._free_at - now)
+
+
+class Copy:
+    """A new file on a device that becomes the copy of another one.  fd is given away with
+    take_fd, else closed with the copy."""
+
+    def __init__(self, target: Device, fd: int, name: bytes, stub: Stub | None) -> None:
+        self.target = target
+        self.fd = fd
+        self.name = name
+        self.committed = False  # it is the file now
+        self._stub = stub
+        self._taken = False
+
+    def take_fd(self) -> int:
+        """The descriptor, which is the caller's from now on."""
+        self._taken = True
+        return self.fd
+
+    def close(self) -> None:
+        """Closes the descriptor unless it was taken."""
+        if not self._taken:
+            self.target.close_soon(self.fd)
+
+    async def add(
+        self, data_fd: Callable[[], int], start: int, end: int, pace: Pace, *, again: bool
+    ) -> None:
+        """Copies a range; again, over what was copied before.  Raises SourceError, or the OSError
+        of the target."""
+        for at in range(start, end, _PIECE_BYTES):
+            upto = min(at + _PIECE_BYTES, end)
+            await pace.wait(upto - at)
+            piece = _copier(at, upto, keep_holes=not again)
+            await self.target.run(_with_own(piece, data_fd(), self.fd), _PATIENCE_S)
+
+    async def sync(self) -> None:
+        """Makes what was copied so far durable."""
+        await self.target.run(_with_own(os.fsync, self.fd), _PATIENCE_S)
+
+    async def finish(self, status: os.stat_result) -> int:
+        """Gives the copy its size and attributes and makes it durable, with its directory
+        entries; the bytes that it has allocated."""
+        return await self.target.run(
+            _with_own(lambda fd: self._finish(fd, status), self.fd), _PATIENCE_S
+        )
+
+    def _finish(self, fd: int, status: os.stat_result) -> int:
+        os.ftruncate(fd, status.st_size)
+        layout.copy_attributes(status, fd)
+        os.fsync(fd)
+        if self._stub is not None:
+            layout.sync_object_directories(self.target.objects_fd, self._stub.object)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        return os.fstat(fd).st_blocks * 512
+
+
+async def new_object(target: Device, stub: Stub) -> Copy:
+    """An empty object."""
     fd = await target.run(lambda: _create(target, stub), _PATIENCE_S)
-    try:
-        for start in range(0, status.st_size, _PIECE_BYTES):
-            end = min(start + _PIECE_BYTES, status.st_size)
-            await target.run(_with_own(_copier(start, end), data_fd, fd), _PATIENCE_S)
-        await target.run(_with_own(lambda fd: _finish(target, stub, fd, status), fd), _PATIENCE_S)
-    except BaseException:
-        target.close_soon(fd)
-        raise
-    return fd
+    return Copy(target, fd, stub.object, stub)
+
+
+def new_plain(target: Device, tmp_fd: int, name: bytes) -> Copy:
+    """An empty file in tmp/, on its way into the home tree."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return Copy(target, os.open(name, flags, 0o600, dir_fd=tmp_fd), name, None)
 
 
 def _with_own(act: Callable[..., T], *fds: int) -> Callable[[], T]:
@@ -65,14 +135,16 @@ def _create(device: Device, stub: Stub) -> int:
     raise AssertionError
 
 
-def _copier(start: int, end: int) -> Callable[[int, int], None]:
+def _copier(start: int, end: int, *, keep_holes: bool) -> Callable[[int, int], None]:
     def copy(from_fd: int, to_fd: int) -> None:
         try:
-            _native.copy_data(from_fd, to_fd, start, end)
+            _native.copy_data(from_fd, to_fd, start, end, keep_holes)
         except OSError as error:
             if not _readable(from_fd, start, end):
                 raise SourceError(error.errno or errno.EIO, error.strerror or "") from error
             raise
+        for fd in (from_fd, to_fd):
+            os.posix_fadvise(fd, start, end - start, os.POSIX_FADV_DONTNEED)
 
     return copy
 
@@ -88,11 +160,3 @@ def _readable(fd: int, start: int, end: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _finish(device: Device, stub: Stub, fd: int, status: os.stat_result) -> None:
-    os.ftruncate(fd, status.st_size)
-    layout.copy_attributes(status, fd)
-    os.fsync(fd)
-    layout.sync_object_directories(device.objects_fd, stub.object)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)

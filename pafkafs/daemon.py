@@ -17,14 +17,16 @@ import trio
 
 from pafkafs import _native, control, deviceset, garbage, growing, mountpoint, recovery, status
 from pafkafs.config import MountOptions
+from pafkafs.copying import Pace
 from pafkafs.device import Device, Home, device_kind, open_device, open_home
 from pafkafs.errors import PafkafsError
 from pafkafs.files import OpenFile, OpenFiles
 from pafkafs.filesystem import Filesystem
-from pafkafs.migration import Spiller
+from pafkafs.moving import Mover
 from pafkafs.namespace import Namespace
 from pafkafs.objects import ObjectUpkeep
 from pafkafs.policy import place_new
+from pafkafs.spilling import Spiller
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +83,8 @@ class Mount:
             uptime_s=round(time.monotonic() - self._started, 1),
             open_files=len(self._files),
             requests=self._front.answered + self._front.forwarded,
-            spilled_files=self._spiller.totals.files,
-            spilled_bytes=self._spiller.totals.bytes,
+            spilled_files=self._mover.totals.files,
+            spilled_bytes=self._mover.totals.bytes,
             pool=self._pool_status(),
             tiers=status.tier_statuses(self.devices),
             problems=tuple(problems),
@@ -131,8 +133,8 @@ class Mount:
                     "copy demoted files with cp -L",
                 )
             )
-        if self._spiller.degraded is not None:
-            found.append(status.Problem(self._spiller.degraded, "check the fast device: dmesg"))
+        if self._mover.degraded is not None:
+            found.append(status.Problem(self._mover.degraded, "check the fast device: dmesg"))
         return found
 
     # -- serving ------------------------------------------------------------------------------
@@ -194,7 +196,8 @@ class Mount:
         self._namespace.damaged.update(self._scan.damaged)
         if self._grows:
             self._build_pool(nursery)
-        self._spiller = Spiller(self._namespace, self.home, self._by_id, self.options.mode)
+        self._mover = Mover(self._namespace, self.home, self._by_id, Pace(0))
+        self._spiller = Spiller(self._namespace, self._mover, self._by_id, self.options.mode)
         self._spiller.pool = self._pool
         self._reconciler = recovery.Reconciler(self._namespace, self.home, self._scan)
         operations = Filesystem(self._namespace, self.devices)

@@ -114,3 +114,11 @@ def is_bulk_data(directory: str, name: str) -> bool:
     if partition is not None and partition.topic == METADATA_TOPIC:
         return False
     return parse_file(name).kind is FileKind.SEGMENT
+
+
+def may_migrate(directory: str, name: str) -> bool:
+    """Whether a file may be moved in the background: a segment that is not about to die."""
+    partition = parse_directory(directory)
+    if partition is not None and partition.state is DirectoryState.DELETE:
+        return False
+    return is_bulk_data(directory, name) and parse_file(name).state is FileState.CURRENT

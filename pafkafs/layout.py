@@ -176,6 +176,14 @@ def replace_with_stub(
         raise
 
 
+def replace_stub(tmp_fd: int, copy_name: bytes, parent_fd: int, name: bytes) -> None:
+    """The commit point of a promotion: one rename(2) of the copy over the stub.
+
+    **Invariant:** the copy is durable before this is called.
+    """
+    _native.rename(tmp_fd, copy_name, parent_fd, name, 0)
+
+
 def sync_all(fds: Iterable[int]) -> None:
     """fsync of each, in this order.  May block."""
     for fd in fds:

@@ -1,249 +1,261 @@
-"""Moves the data of one file from a device to another, under its open handles.
+"""The background task that moves segments between the tiers: asks policy, runs moves.
 
-For now files move when they have no room to grow where they are: they spill.
+The home tree is looked through only when there is something to decide: the fast tier is over its
+threshold, a segment has come of age, or there is room to bring some back.
 """
 
 import errno
+import fnmatch
 import logging
+import math
 import os
-from collections.abc import Mapping
+import stat
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import trio
 
-from pafkafs import layout
-from pafkafs.copying import SourceError, copy_to_object
+from pafkafs import kafka, layout
 from pafkafs.device import Device, Home
-from pafkafs.files import OpenFile
-from pafkafs.growing import Pool
-from pafkafs.layout import Stub
+from pafkafs.moving import Mover
 from pafkafs.namespace import Namespace
-from pafkafs.policy import Mode, place_spill
+from pafkafs.nodes import Node
+from pafkafs.policy import Decision, Limits, Mode, Segment, plan
 
 log = logging.getLogger(__name__)
 
-# A writer waits so long for room that is being freed (a removed segment whose blocks a worker
-# still returns) before its file is moved.
-ROOM_WAIT_S = 0.2
-_ROOM_POLL_S = 0.01
-# So long, counted from its first request without room, a file does not try a device again.
-_EPISODE_S = 2.0
-# Room that must be there before a parked write is tried again: the largest WRITE.
-_WRITE_BYTES_MAX = 1 << 20
+# After a look that found nothing to do, or failed moves: grows up to the maximum.
+_REST_MIN_S = 5.0
+_REST_MAX_S = 300.0
 
 
 @dataclass(frozen=True)
-class SpillTotals:
-    """What has been moved since the mount."""
+class MigrationOptions:
+    """How the task works, beside the lines of policy."""
 
-    files: int = 0
-    bytes: int = 0
-    failed: int = 0
+    limits: Limits
+    interval_s: float
+    threads: int
+    pinned: tuple[str, ...] = ()  # globs of paths below the mount that stay on the fast tier
 
 
-class Spiller:
-    """Answers the lack of room: waits for some, or moves the file that needs it."""
+class Migrator:
+    """Keeps the fast tier between its lines."""
 
     def __init__(
-        self, namespace: Namespace, home: Home, devices: Mapping[str, Device], mode: Mode
+        self,
+        namespace: Namespace,
+        home: Home,
+        devices: Sequence[Device],
+        mover: Mover,
+        mode: Mode,
+        options: MigrationOptions,
     ) -> None:
         self._namespace = namespace
         self._home = home
-        self._devices = devices
+        self._devices = list(devices)
+        self._mover = mover
         self._mode = mode
-        self.totals = SpillTotals()
-        self.degraded: str | None = None
-        self.pool: Pool | None = None  # of the home device
+        self.options = options
+        self.paused = False
+        self.plan: tuple[Decision, ...] = ()  # what is left of the last one
+        self.last_error: str | None = None
+        self._moved_at: dict[str, float] = {}  # by object id: monotonic
+        self._mounted_at = time.monotonic()
+        self._next_age_look = 0.0
+        self._rest_until = 0.0
+        self._rest_s = _REST_MIN_S
+        self._seen_used = -1
 
-    async def make_room(self, file: OpenFile) -> None:
-        """A request of this file waits for room; it goes on, or fails with ENOSPC."""
-        async with self._namespace.files.used(file):
-            if trio.current_time() - file.starving_since > _EPISODE_S:
-                file.starving_since = trio.current_time()
-                file.devices_tried.clear()
-            try:
-                await self._find_room(file)
-            except OSError as error:
-                log.error("%s: %s", os.fsdecode(file.node.path()), error.strerror)
-                file.native.end_starving(error.errno or errno.EIO)
+    # -- the task -----------------------------------------------------------------------------
 
-    async def _find_room(self, file: OpenFile) -> None:
-        """Lets those who wait try again, here or elsewhere, or fails them.
+    async def run(self) -> None:
+        """Looks every interval; never returns."""
+        while True:
+            await trio.sleep(self.options.interval_s)
+            if not self.paused and self._mode is Mode.TIERED and self._is_due():
+                await self.cycle()
 
-        Each device is tried once in an episode: one that has room by its accounts, and none for
-        this request, must not be tried for ever.
-        """
-        here = file.device.id
-        if here not in file.devices_tried:
-            file.devices_tried.add(here)
-            if self.pool is not None and self.pool.device is file.device:
-                self.pool.drain()
-            if await _room_came(file.device):
-                file.native.end_starving(0)
-                return
-        if self._may_move(file):
-            await self._spill(file)
-        else:
-            file.native.end_starving(errno.ENOSPC)
+    def usage(self) -> tuple[int, int]:
+        """Bytes used, and there to be used, on the fast tier."""
+        fast = [device for device in self._devices if not device.slow]
+        return (
+            sum(max(0, device.native.used_bytes) for device in fast) - self.pool_bytes(),
+            sum(device.capacity_bytes for device in fast),
+        )
 
-    async def _spill(self, file: OpenFile) -> None:
-        """Moves the file to the first device that takes it.
+    pool_bytes: Callable[[], int] = staticmethod(lambda: 0)  # prepared, and not in use
 
-        The gate stays closed over all attempts: who waits is told once, of the last.
-        """
-        await file.close_gate()
-        try:
-            if file.native.growing is not None:
-                await file.device.run(file.native.seal)
-                file.native.switch_backing()
-            if not await self._move_anywhere(file):
-                file.native.end_starving(errno.ENOSPC)
-        finally:
-            file.open_gate()
-
-    async def _move_anywhere(self, file: OpenFile) -> bool:
-        while self._may_move(file) and (target := self._choose(file)) is not None:
-            file.devices_tried.add(target.id)
-            try:
-                await self._move(file, target)
-                return True
-            except OSError as error:
-                path = os.fsdecode(file.node.path())
-                log.error("cannot move %s: %s", path, error.strerror)
-                self._count(failed=1)
-                if isinstance(error, SourceError):
-                    raise
-        return False
-
-    def _may_move(self, file: OpenFile) -> bool:
-        """One rename replaces one name: a file with several links stays where it is, and so
-        does one that is left with a name that we do not know."""
-        known = bool(file.node.names) or file.node.gone is not None
-        return known and self._namespace.attributes(file.node).nlink <= 1
-
-    def _choose(self, file: OpenFile) -> Device | None:
-        tried = file.devices_tried - {file.device.id}
-        devices = [d for d in self._devices.values() if d.id not in tried]
-        source = devices.index(file.device)
-        need = self._namespace.attributes(file.node).blocks * 512 + _WRITE_BYTES_MAX
-        chosen = place_spill(self._mode, [d.room for d in devices], source, need)
-        return None if chosen is None else devices[chosen]
-
-    async def _move(self, file: OpenFile, target: Device) -> None:
-        """Copy, fsync, commit, re-point, with the gate closed: reads go on.
-
-        **Invariant:** until the rename in _commit the file is what it was, and afterwards the
-        copy is durable; whatever fails before it costs only garbage.
-        """
-        source, old_stub = file.device, file.node.stub
-        status = os.fstat(file.native.attr_fd)
-        stub = layout.make_stub(target.id, target.path, file.node.path())
-        self._namespace.files.object_made(stub.object_id)
-        counted = file.native.counted_bytes
-        try:
-            object_fd = await self._copy(file, status, target, stub)
-            await self._replace(file, target, stub, status, object_fd)
-        except OSError:
-            self._namespace.upkeep.remove(stub, counted=False)
-            raise
-        durable = await self._sync_parent(file)
-        if old_stub is None:
-            source.native.add_used(-counted)
-        elif durable:
-            self._namespace.upkeep.remove(old_stub)
-        if file.node.stub is not None:
-            self._namespace.upkeep.attributes_changed(file.node.stub)
-        self._count(files=1, bytes=status.st_size)
-
-    async def _copy(
-        self, file: OpenFile, status: os.stat_result, target: Device, stub: Stub
-    ) -> int:
-        """A durable copy of the file's data; its descriptor."""
-        source = file.device
-        try:
-            if status.st_size > 0 and file.native.data_fd < 0:
-                await source.run(file.native.open_data)
-            return await copy_to_object(file.native.data_fd, status, target, stub)
-        except SourceError as error:
-            source.failed(f"cannot read {os.fsdecode(file.node.path())}: {error.strerror}")
-            raise
-        except OSError as error:
-            target.failed(f"cannot take a file over: {error.strerror}")
-            raise
-
-    async def _replace(
-        self,
-        file: OpenFile,
-        target: Device,
-        stub: Stub,
-        status: os.stat_result,
-        object_fd: int,
-    ) -> None:
-        """Puts the copy in the place of the file."""
-        shadow_fd = -1
-        try:
-            blocks = await target.run(lambda: os.fstat(object_fd).st_blocks)
-            shadow_fd = layout.create_shadow(self._home.shadows_fd, stub, status)
-            await trio.to_thread.run_sync(layout.sync_all, (shadow_fd, self._home.shadows_fd))
-            self._commit(file, target, stub, shadow_fd, object_fd)
-        except BaseException:
-            target.close_soon(object_fd)
-            if shadow_fd >= 0:
-                os.close(shadow_fd)
-            raise
-        target.native.add_used(blocks * 512)
-
-    def _commit(
-        self, file: OpenFile, target: Device, stub: Stub, shadow_fd: int, object_fd: int
-    ) -> None:
-        """Atomic for the trio thread: the name is what it is found to be here."""
-        node = file.node
-        if not self._may_move(file):
-            raise OSError(errno.EMLINK, "it got a second link meanwhile")
-        # chmod, chown and utimens do not wait at the gate.
-        layout.copy_attributes(os.fstat(file.native.attr_fd), shadow_fd)
-        key = os.fstat(shadow_fd).st_ino
-        if node.names:
-            parent, name = node.names[0]
-            parent_fd = self._namespace.nodes.directory_fd(parent)
-            layout.replace_with_stub(self._home.tmp_fd, parent_fd, name, target.path, stub)
-            file.device.files -= 1
-            target.files += 1
-            self._namespace.nodes.rekey(node, key, stub)
-        else:
-            # Removed, and still open: the object goes when it is closed.
-            node.stub = stub
-        try:
-            file.native.repoint_object(target.native, shadow_fd, object_fd, stub.object)
-        except OSError as error:
-            # Committed, and not in effect.  No error of a device: the mount must not go on.
-            raise RuntimeError("cannot re-point an open file") from error
-        file.native.nlink = 1 if node.names else 0
-        file.device = target
-        file.read_only = False
-
-    async def _sync_parent(self, file: OpenFile) -> bool:
-        """**Invariant:** what the file was is not removed before its new name is durable."""
-        if not file.node.names:
+    def _is_due(self) -> bool:
+        limits, (used, capacity) = self.options.limits, self.usage()
+        now = time.monotonic()
+        if limits.max_age_s is not None and now >= self._next_age_look:
             return True
+        if limits.threshold < 0 or capacity == 0:
+            return False
+        changed = abs(used - self._seen_used) > capacity // 100
+        if now < self._rest_until and not changed:
+            return False
+        down = used > limits.threshold * capacity
+        up = used < limits.low_watermark * capacity and any(
+            d.slow and d.files for d in self._devices
+        )
+        return down or up
+
+    async def cycle(self) -> None:
+        """One look and the moves that follow from it."""
+        used, capacity = self.usage()
+        self._seen_used = used
         try:
-            await self._namespace.sync_directory(file.node.names[0][0])
-            return True
+            segments = await trio.to_thread.run_sync(self._look)
         except OSError as error:
-            # The device may come back with the old file under this name.
-            self.degraded = f"fsync of a directory failed ({error.strerror}) after a file moved"
-            log.critical("%s: %s", os.fsdecode(file.node.path()), self.degraded)
+            self.last_error = f"cannot look through the home tree: {error.strerror}"
+            log.error("%s", self.last_error)
+            self._rest()
+            return
+        self._note_next_age(segments)
+        decisions = plan(self.options.limits, used, capacity, segments)
+        if not decisions:
+            self._rest()
+            return
+        if await self._carry_out(decisions):
+            self._rest_s, self._rest_until = _REST_MIN_S, 0.0
+        else:
+            self._rest()
+
+    def _rest(self) -> None:
+        self._rest_until = time.monotonic() + self._rest_s
+        self._rest_s = min(2 * self._rest_s, _REST_MAX_S)
+
+    def _note_next_age(self, segments: Sequence[Segment]) -> None:
+        limits = self.options.limits
+        if limits.max_age_s is not None:
+            ages = [s.age_s for s in segments if s.tier == 0 and not s.active and not s.pinned]
+            wait = max(self.options.interval_s, limits.max_age_s - max(ages, default=0.0))
+            self._next_age_look = time.monotonic() + wait
+
+    async def _carry_out(self, decisions: Sequence[Decision]) -> bool:
+        """Runs the moves, some at once; whether any succeeded."""
+        left = deque(decisions)
+        moved = 0
+
+        async def work() -> None:
+            nonlocal moved
+            while left and not self.paused:
+                decision = left.popleft()
+                self.plan = tuple(left)
+                moved += await self._try(decision)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(min(self.options.threads, len(left))):
+                nursery.start_soon(work)
+        self.plan = ()
+        return moved > 0
+
+    async def _try(self, decision: Decision) -> bool:
+        path = decision.segment.path
+        try:
+            await self.move(path, to_fast=decision.to_fast)
+            self.last_error = None
+            return True
+        except FileNotFoundError:
+            return False  # removed or renamed since the look
+        except OSError as error:
+            self.last_error = f"cannot move {os.fsdecode(path)}: {error.strerror}"
+            log.warning("%s", self.last_error)
             return False
 
-    def _count(self, *, files: int = 0, bytes: int = 0, failed: int = 0) -> None:
-        t = self.totals
-        self.totals = SpillTotals(t.files + files, t.bytes + bytes, t.failed + failed)
+    # -- one move -----------------------------------------------------------------------------
 
-
-async def _room_came(device: Device) -> bool:
-    with trio.move_on_after(ROOM_WAIT_S):
-        # Room is given back by C threads, which signal nobody: it is looked for.
-        while device.room.free_bytes < _WRITE_BYTES_MAX:  # noqa: ASYNC110
-            await trio.sleep(_ROOM_POLL_S)
+    async def move(self, path: bytes, *, to_fast: bool) -> bool:
+        """Moves the file at a path below the mount; False when it is there already.  Raises
+        OSError."""
+        node = self._find(path)
+        if node.is_directory:
+            raise IsADirectoryError(errno.EISDIR, "a directory has no data to move")
+        file = self._namespace.opened(node)
+        async with self._namespace.files.used(file):
+            if file.device.slow is not to_fast:
+                return False
+            target = self._choose(
+                file.device, to_fast, self._namespace.attributes(node).blocks * 512
+            )
+            await self._mover.move(file, target)
+            if node.stub is not None:
+                self._moved_at[node.stub.object_id] = time.monotonic()
         return True
-    return False
+
+    def _find(self, path: bytes) -> Node:
+        """The node of a path.  Until it is used, nothing keeps it: no await comes between."""
+        node = self._namespace.nodes.root
+        for name in path.split(b"/"):
+            node = self._namespace.lookup(node, name)
+        return node
+
+    def _choose(self, source: Device, to_fast: bool, need: int) -> Device:
+        fits = [
+            device
+            for device in self._devices
+            if device.slow is not to_fast and device.room.free_bytes >= need
+        ]
+        if not fits:
+            raise OSError(errno.ENOSPC, "no room on the other tier")
+        return min(fits, key=lambda d: (not d.room.in_service, -d.room.free_bytes))
+
+    # -- looking ------------------------------------------------------------------------------
+
+    def _look(self) -> list[Segment]:
+        """All segments of the home tree.  Long for a large one: runs in a thread."""
+        now_ns, now = time.time_ns(), time.monotonic()
+        tiers = {device.id: device.tier for device in self._devices}
+        paths = {device.id: (device.path,) for device in self._devices}
+        found: list[Segment] = []
+        for directory, _, names, fd in os.fwalk(b".", dir_fd=self._home.tree_fd):
+            partition = os.fsdecode(os.path.basename(directory))
+            texts = [os.fsdecode(name) for name in names]
+            active = kafka.active_base_offset(texts)
+            for text, name in zip(texts, names, strict=True):
+                if not kafka.may_migrate(partition, text):
+                    continue
+                path = os.path.normpath(os.path.join(directory, name))
+                offset = kafka.parse_file(text).base_offset
+                segment = self._segment(fd, name, path, tiers, paths, offset == active, now_ns, now)
+                if segment is not None:
+                    found.append(segment)
+        return found
+
+    def _segment(
+        self,
+        dir_fd: int,
+        name: bytes,
+        path: bytes,
+        tiers: Mapping[str, int],
+        paths: Mapping[str, tuple[bytes, ...]],
+        active: bool,
+        now_ns: int,
+        now: float,
+    ) -> Segment | None:
+        tier, moved_s = 0, math.inf
+        try:
+            status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+            if status.st_nlink > 1:
+                return None
+            size = status.st_blocks * 512
+            if stat.S_ISLNK(status.st_mode):
+                stub = layout.parse_stub(os.readlink(name, dir_fd=dir_fd), paths)
+                if stub is None:
+                    return None
+                tier = tiers[stub.device_id]
+                status = os.stat(stub.shadow, dir_fd=self._home.shadows_fd, follow_symlinks=False)
+                size = status.st_size
+                moved_s = now - self._moved_at.get(stub.object_id, self._mounted_at)
+        except (FileNotFoundError, layout.DamagedStub):
+            return None
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        text = os.fsdecode(path)
+        pinned = any(fnmatch.fnmatchcase(text, glob) for glob in self.options.pinned)
+        age_s = max(0.0, (now_ns - status.st_mtime_ns) / 1e9)
+        return Segment(path, tier, size, age_s, active, pinned, moved_s)

@@ -1,5 +1,6 @@
 """Which device a file belongs on.  Pure: it reads a frozen snapshot and returns a decision."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -79,3 +80,95 @@ def place_spill(mode: Mode, devices: Sequence[Room], source: int, need_bytes: in
 def _roomiest(devices: Sequence[Room], tier: int) -> int | None:
     fits = [i for i, device in enumerate(devices) if device.tier == tier and device.in_service]
     return max(fits, key=lambda i: devices[i].free_bytes, default=None)
+
+
+# -- migration ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the operator asked for.  Shares are of the capacity of the fast tier, ages in seconds.
+
+    threshold -1: never by usage; max_age None: never by age.
+    """
+
+    threshold: float = 0.5
+    low_watermark: float = 0.4
+    max_age_s: float | None = None
+    min_age_s: float = 0.0
+    cool_down_s: float = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A segment file as policy sees it; age is since its last write."""
+
+    path: bytes
+    tier: int
+    bytes: int
+    age_s: float
+    active: bool = False
+    pinned: bool = False
+    moved_s: float = math.inf  # since it was last moved
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A file to be moved, and why."""
+
+    segment: Segment
+    to_fast: bool
+    why: str
+
+
+def plan(limits: Limits, used: int, capacity: int, segments: Sequence[Segment]) -> list[Decision]:
+    """What is to be moved now, in this order: down, else up, never both at once."""
+    return _demotions(limits, used, capacity, segments) or _promotions(
+        limits, used, capacity, segments
+    )
+
+
+def _demotions(
+    limits: Limits, used: int, capacity: int, segments: Sequence[Segment]
+) -> list[Decision]:
+    there = [s for s in segments if s.tier == 0 and not s.pinned]
+    oldest_first = sorted(there, key=lambda s: (-s.age_s, s.path))
+    sealed = [s for s in oldest_first if not s.active and s.age_s >= limits.min_age_s]
+    found: list[Decision] = []
+    for segment in sealed:
+        if limits.max_age_s is not None and segment.age_s > limits.max_age_s:
+            found.append(Decision(segment, to_fast=False, why="age"))
+            used -= segment.bytes
+    if limits.threshold < 0:
+        return found
+    over = used > limits.threshold * capacity
+    for segment in sealed[len(found) :] if over else []:
+        if used <= limits.low_watermark * capacity:
+            break
+        found.append(Decision(segment, to_fast=False, why="usage"))
+        used -= segment.bytes
+    # Nothing sealed is left and the tier is nearly full: better now than in a writer's way.
+    for segment in oldest_first:
+        if used <= HIGH_MARK * capacity:
+            break
+        if segment.active:
+            found.append(Decision(segment, to_fast=False, why="full"))
+            used -= segment.bytes
+    return found
+
+
+def _promotions(
+    limits: Limits, used: int, capacity: int, segments: Sequence[Segment]
+) -> list[Decision]:
+    if limits.threshold < 0:
+        return []
+    found: list[Decision] = []
+    for segment in sorted(segments, key=lambda s: (s.age_s, s.path)):
+        too_old = limits.max_age_s is not None and segment.age_s > limits.max_age_s
+        if segment.tier == 0 or too_old or segment.moved_s < limits.cool_down_s:
+            continue
+        if used + segment.bytes > limits.low_watermark * capacity:
+            break
+        found.append(Decision(segment, to_fast=True, why="room"))
+        used += segment.bytes
+    return found

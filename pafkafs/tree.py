@@ -173,10 +173,11 @@ class Tree:
 
     def open(self, node: Node, *, writable: bool) -> int:
         """A new handle of a file.  Touches no slow device."""
-        return self.files.add_handle(self._opened(node, writable=writable))
+        return self.files.add_handle(self.opened(node, writable=writable))
 
-    def _opened(self, node: Node, *, writable: bool) -> OpenFile:
-        """The open file of a node, opened if it was not."""
+    def opened(self, node: Node, *, writable: bool = True) -> OpenFile:
+        """The open file of a node, opened if it was not; the caller uses or adds a handle to it
+        before the next await."""
         file = node.file
         if file is None:
             file = self._open_object(node) if node.stub is not None else self._open_plain(node)
@@ -214,7 +215,7 @@ class Tree:
     async def set_attributes(self, node: Node, changes: Changes) -> None:
         """truncate, chmod, chown and utimens, in an order in which none undoes another."""
         if changes.size is not None:
-            async with self.files.used(self._opened(node, writable=True)) as file:
+            async with self.files.used(self.opened(node, writable=True)) as file:
                 await file.truncate(changes.size)
                 self._set_on_fd(node, changes)
         else:

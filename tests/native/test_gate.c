@@ -156,7 +156,7 @@ static void move(struct kernel *k, struct file *file, struct device *to, const c
 		kernel_count_events(k, EVENT_QUIET);
 	int from_fd = open(check_path(from), O_RDONLY | O_CLOEXEC);
 	int to_fd = open(check_path(name), O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
-	CHECK_EQ(sys_copy_data(from_fd, to_fd, 0, lseek(from_fd, 0, SEEK_END)), 0);
+	CHECK_EQ(sys_copy_data(from_fd, to_fd, 0, lseek(from_fd, 0, SEEK_END), true), 0);
 	close(from_fd);
 	if (to->slow) {
 		int shadow = open(check_path("shadow"), O_RDWR | O_CREAT | O_CLOEXEC, 0600);

@@ -231,7 +231,7 @@ static void a_copy_keeps_its_holes(void)
 	CHECK(from >= 0 && to >= 0);
 	CHECK_EQ(pwrite(from, "hello", 5, 3 * MIB + 10), 5);
 	CHECK_EQ(pwrite(from, "end", 3, 5 * MIB), 3);
-	CHECK_EQ(sys_copy_data(from, to, 0, 4 * MIB), 0); /* not up to the end */
+	CHECK_EQ(sys_copy_data(from, to, 0, 4 * MIB, true), 0); /* not up to the end */
 	CHECK_EQ(pread(to, got, 5, 3 * MIB + 10), 5);
 	CHECK(memcmp(got, "hello", 5) == 0);
 	CHECK(lseek(to, 0, SEEK_END) <= 4 * MIB);

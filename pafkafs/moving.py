@@ -1,0 +1,303 @@
+"""Moves the data of one file from a device to another, under its open handles.
+
+The order, which can be cut anywhere:
+
+1. copy, while readers and writers go on; what they change meanwhile is copied again
+2. fsync the copy
+3. close the gate: changes wait, reads go on
+4. copy what has changed since; size, attributes; fsync the copy, its directories, its shadow
+5. check that the name is still what it was; one rename puts the stub, or the copy, in its place
+6. point the open file at the copy; open the gate
+7. fsync the directory; only then remove what the file was
+
+**Invariant:** until the rename the file is what it was, and afterwards the copy is durable.
+Whatever fails before the rename costs only garbage.
+"""
+
+import errno
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import trio
+
+from pafkafs import layout
+from pafkafs.copying import Copy, Pace, SourceError, new_object, new_plain
+from pafkafs.device import Device, Home
+from pafkafs.files import OpenFile
+from pafkafs.layout import Stub
+from pafkafs.namespace import Namespace
+
+log = logging.getLogger(__name__)
+
+# What may be left to copy with the gate closed; and how often a copy is brought up to date
+# before its writer is called too fast.
+CUT_OVER_BYTES_MAX = 4 << 20
+_PASSES_MAX = 8
+
+
+class TooFast(OSError):
+    """The file changes faster than it can be copied."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.EBUSY, "it changes faster than it can be copied")
+
+
+@dataclass
+class Move:
+    """A move under way, for status; bytes are those copied so far."""
+
+    path: str
+    source: str
+    target: str
+    size_bytes: int
+    started: float
+    copied_bytes: int = 0
+    cut_over_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class MoveTotals:
+    """What has been moved since the mount."""
+
+    files: int = 0
+    bytes: int = 0
+    failed: int = 0
+    cut_over_max_s: float = 0.0
+
+
+class Mover:
+    """Moves files, any number at once, each by one."""
+
+    def __init__(
+        self, namespace: Namespace, home: Home, devices: Mapping[str, Device], pace: Pace
+    ) -> None:
+        self._namespace = namespace
+        self._home = home
+        self._home_device = next(iter(devices.values()))
+        self.pace = pace
+        self.running: list[Move] = []
+        self.totals = MoveTotals()
+        self.degraded: str | None = None
+
+    def may_move(self, file: OpenFile) -> bool:
+        """One rename replaces one name: a file with several links stays where it is, and so
+        does one that is left with a name that we do not know."""
+        known = bool(file.node.names) or file.node.gone is not None
+        return known and self._namespace.attributes(file.node).nlink <= 1
+
+    async def move(self, file: OpenFile, target: Device, *, gate_closed: bool = False) -> None:
+        """Moves an open file.  gate_closed: the caller has closed the gate, and opens it.
+
+        Raises OSError; then the file is what it was.
+        """
+        if not self.may_move(file):
+            raise OSError(errno.EMLINK, "a file with several names does not move")
+        path = os.fsdecode(file.node.path())
+        size = self._namespace.attributes(file.node).status.st_size
+        source = os.fsdecode(file.device.path)
+        move = Move(path, source, os.fsdecode(target.path), size, trio.current_time())
+        self.running.append(move)
+        try:
+            async with self._namespace.files.used(file):
+                await self._move(file, target, move, gate_closed)
+        except OSError:
+            self._count(move, failed=1)
+            raise
+        finally:
+            self.running.remove(move)
+        self._count(move, files=1)
+
+    async def _move(self, file: OpenFile, target: Device, move: Move, gate_closed: bool) -> None:
+        stub = layout.make_stub(target.id, target.path, file.node.path())
+        plain = target is self._home_device
+        if plain:
+            copy = new_plain(target, self._home.tmp_fd, stub.shadow)
+        else:
+            self._namespace.files.object_made(stub.object_id)
+            copy = await new_object(target, stub)
+        try:
+            if not gate_closed:
+                await self._copy_live(file, copy, move)
+                await file.close_gate()
+            try:
+                await self._cut_over(file, target, copy, None if plain else stub, move)
+            finally:
+                if not gate_closed:
+                    file.open_gate()
+        except BaseException:
+            # A cancellation may come when the copy is the file already.
+            if copy.committed:
+                raise
+            if plain:
+                os.unlink(stub.shadow, dir_fd=self._home.tmp_fd)
+            else:
+                self._namespace.upkeep.remove(stub, counted=False)
+            raise
+        finally:
+            copy.close()
+
+    # -- copying ------------------------------------------------------------------------------
+
+    async def _copy_live(self, file: OpenFile, copy: Copy, move: Move) -> None:
+        """Copies while the file changes, until little is left to do."""
+        file.native.take_changes()
+        await self._open_data(file)
+        await self._add(file, copy, move, 0, self._size(file), again=False)
+        for _ in range(_PASSES_MAX):
+            await copy.sync()
+            changes = file.native.take_changes()
+            if changes is None:
+                return
+            start, end = changes
+            await self._add(file, copy, move, start, min(end, self._size(file)), again=True)
+            if end - start <= CUT_OVER_BYTES_MAX:
+                await copy.sync()
+                return
+        raise TooFast
+
+    async def _add(
+        self, file: OpenFile, copy: Copy, move: Move, start: int, end: int, *, again: bool
+    ) -> None:
+        source = file.device
+        try:
+            await copy.add(lambda: file.native.data_fd, start, end, self.pace, again=again)
+        except SourceError as error:
+            source.failed(f"cannot read {move.path}: {error.strerror}")
+            raise
+        except OSError as error:
+            copy.target.failed(f"cannot take a file over: {error.strerror}")
+            raise
+        move.copied_bytes += max(0, end - start)
+
+    def _size(self, file: OpenFile) -> int:
+        return self._namespace.attributes(file.node).status.st_size
+
+    async def _open_data(self, file: OpenFile) -> None:
+        if file.native.data_fd < 0 and self._size(file) > 0:
+            await file.device.run(file.native.open_data)
+
+    # -- the cut-over -------------------------------------------------------------------------
+
+    async def _cut_over(
+        self, file: OpenFile, target: Device, copy: Copy, stub: Stub | None, move: Move
+    ) -> None:
+        """With the gate closed."""
+        began = trio.current_time()
+        if file.native.growing is not None:
+            await file.device.run(file.native.seal)
+            file.native.switch_backing()
+        await self._open_data(file)
+        status = os.fstat(file.native.attr_fd)
+        if move.copied_bytes == 0:
+            await self._add(file, copy, move, 0, status.st_size, again=False)
+        elif (changes := file.native.take_changes()) is not None:
+            start, end = changes[0], min(changes[1], status.st_size)
+            await self._add(file, copy, move, start, end, again=True)
+        try:
+            allocated = await copy.finish(status)
+        except OSError as error:
+            target.failed(f"cannot take a file over: {error.strerror}")
+            raise
+        source, old_stub = file.device, file.node.stub
+        counted = file.native.counted_bytes
+        if stub is None:
+            self._commit_plain(file, copy)
+        else:
+            await self._commit_object(file, copy, stub)
+        target.native.add_used(allocated)
+        move.cut_over_s = trio.current_time() - began
+        durable = await self._sync_parent(file)
+        if old_stub is None:
+            source.native.add_used(-counted)
+        elif durable:
+            self._namespace.upkeep.remove(old_stub)
+        if stub is not None:
+            self._namespace.upkeep.attributes_changed(stub)
+
+    async def _commit_object(self, file: OpenFile, copy: Copy, stub: Stub) -> None:
+        status = os.fstat(file.native.attr_fd)
+        shadow_fd = layout.create_shadow(self._home.shadows_fd, stub, status)
+        try:
+            await trio.to_thread.run_sync(layout.sync_all, (shadow_fd, self._home.shadows_fd))
+            self._put_stub_in_place(file, copy, stub, shadow_fd)
+        except BaseException:
+            os.close(shadow_fd)
+            raise
+        try:
+            file.native.repoint_object(copy.target.native, shadow_fd, copy.take_fd(), stub.object)
+        except OSError as error:
+            # Committed, and not in effect.  No error of a device: the mount must not go on.
+            raise RuntimeError("cannot re-point an open file") from error
+        file.native.nlink = 1 if file.node.names else 0
+        self._arrived(file, copy.target)
+
+    def _put_stub_in_place(self, file: OpenFile, copy: Copy, stub: Stub, shadow_fd: int) -> None:
+        """Atomic for the trio thread: the name is what it is found to be here."""
+        node = file.node
+        self._check_still_one_name(file)
+        # chmod, chown and utimens do not wait at the gate.
+        layout.copy_attributes(os.fstat(file.native.attr_fd), shadow_fd)
+        key = os.fstat(shadow_fd).st_ino
+        if not node.names:
+            node.stub = stub  # removed, and still open: the object goes when it is closed
+            copy.committed = True
+            return
+        parent, name = node.names[0]
+        parent_fd = self._namespace.nodes.directory_fd(parent)
+        layout.replace_with_stub(self._home.tmp_fd, parent_fd, name, copy.target.path, stub)
+        copy.committed = True
+        self._namespace.nodes.rekey(node, key, stub)
+
+    def _commit_plain(self, file: OpenFile, copy: Copy) -> None:
+        """The mirror image: the copy itself takes the place of the stub.  Atomic, too."""
+        node = file.node
+        self._check_still_one_name(file)
+        if not node.names or node.stub is None:
+            raise OSError(errno.ENOENT, "it was removed meanwhile")
+        layout.copy_attributes(os.fstat(file.native.attr_fd), copy.fd)
+        key = os.fstat(copy.fd).st_ino
+        parent, name = node.names[0]
+        parent_fd = self._namespace.nodes.directory_fd(parent)
+        layout.replace_stub(self._home.tmp_fd, copy.name, parent_fd, name)
+        copy.committed = True
+        self._namespace.nodes.rekey(node, key, None)
+        try:
+            file.native.repoint_plain(copy.target.native, copy.take_fd())
+        except OSError as error:
+            raise RuntimeError("cannot re-point an open file") from error
+        self._arrived(file, copy.target)
+
+    def _check_still_one_name(self, file: OpenFile) -> None:
+        if not self.may_move(file):
+            raise OSError(errno.EMLINK, "it got a second link meanwhile")
+
+    def _arrived(self, file: OpenFile, target: Device) -> None:
+        if file.node.names:
+            file.device.files -= 1
+            target.files += 1
+        file.device = target
+        file.read_only = False
+
+    async def _sync_parent(self, file: OpenFile) -> bool:
+        """**Invariant:** what the file was is not removed before its new name is durable."""
+        if not file.node.names:
+            return True
+        try:
+            await self._namespace.sync_directory(file.node.names[0][0])
+            return True
+        except OSError as error:
+            # The device may come back with the old file under this name.
+            self.degraded = f"fsync of a directory failed ({error.strerror}) after a file moved"
+            log.critical("%s: %s", os.fsdecode(file.node.path()), self.degraded)
+            return False
+
+    def _count(self, move: Move, *, files: int = 0, failed: int = 0) -> None:
+        t = self.totals
+        self.totals = MoveTotals(
+            t.files + files,
+            t.bytes + (move.size_bytes if files else 0),
+            t.failed + failed,
+            max(t.cut_over_max_s, move.cut_over_s),
+        )
