@@ -1,11 +1,13 @@
 """Many callers at once, callers that are killed, and a mount that is torn away under them."""
 
+import mmap
 import os
 import random
 import socket
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from conftest import MakeMount
@@ -75,17 +77,24 @@ def test_callers_killed_at_any_moment_leave_the_mount_at_work(mount: Mount) -> N
     wait_until(lambda: descriptors(pid) <= before + 4, "the descriptors to be closed")
 
 
-def send_tail(path: Path, until: float) -> int:
-    """Sends what comes to a file, as soon as it is there, and looks at it; how much."""
+def send_tail(path: Path, until: float, appended: Callable[[], int]) -> int:
+    """Sends what was appended to a file, and looks at it; how much.
+
+    As the broker does, never more than the appends that have returned: until then a stat may
+    tell of bytes that the page cache does not have yet.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours, theirs, open(path, "rb", buffering=0) as stream:
         position, total = 0, 0
         while time.monotonic() < until:
-            sent = os.sendfile(theirs.fileno(), stream.fileno(), position, TAIL_BYTES)
-            got = ours.recv(sent, socket.MSG_WAITALL) if sent else b""
-            assert got == pattern(position, sent), f"wrong bytes at {position}, {sent} sent"
+            count = min(appended() - position, TAIL_BYTES)
+            if count == 0:
+                continue
+            sent = os.sendfile(theirs.fileno(), stream.fileno(), position, count)
+            got = ours.recv(sent, socket.MSG_WAITALL)
+            assert got == pattern(position, count), f"wrong bytes at {position}, {sent} sent"
             total += sent
-            position = max(position + sent, os.fstat(stream.fileno()).st_size - TAIL_BYTES)
+            position = max(position + sent, appended() - TAIL_BYTES)
     return total
 
 
@@ -107,11 +116,17 @@ def test_tail_that_is_sent_while_a_segment_is_appended_to_never_has_a_wrong_byte
     directory.mkdir()
     path = directory / "00000000000000000000.log"
     sizes, length = random.Random(1), 0
-    with open(path, "xb", buffering=0) as stream:
+    shared = mmap.mmap(-1, mmap.PAGESIZE)
+
+    def appended() -> int:
+        return int.from_bytes(shared[:8], "little")
+
+    with shared, open(path, "xb", buffering=0) as stream:
         until = time.monotonic() + SENDING_S
-        readers = [Child(lambda: send_tail(path, until)) for _ in range(2)]
+        readers = [Child(lambda: send_tail(path, until, appended)) for _ in range(2)]
         while time.monotonic() < until and length < SEGMENT_BYTES:
             length += stream.write(pattern(length, sizes.randint(1, 70_000)))
+            shared[:8] = length.to_bytes(8, "little")
         assert min(reader.result() for reader in readers) > 10 * MIB
     assert path.stat().st_size == length
 
