@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from pafkafs.errors import UsageError
-from pafkafs.policy import Mode
-from pafkafs.units import parse_size
+from pafkafs.policy import HIGH_MARK, Limits, Mode
+from pafkafs.units import parse_duration, parse_size
 
 WHOLE_FILESYSTEM = -1
 DURABILITIES = ("power", "process")
 PMEM_CHOICES = ("auto", "on", "off")
 POOL_RATIO = 0.8
+_LOW_OF_THRESHOLD = 0.8
+_THREADS_MAX = 8
 MODES = tuple(mode.value for mode in Mode)
 
 
@@ -33,6 +35,11 @@ class MountOptions:
     pmem: str
     pool_ratio: float
     segment_size: int | None  # None: what Kafka is seen to roll at
+    limits: Limits
+    interval_s: float
+    migrate_threads: int
+    migrate_rate: int  # bytes per second; 0: no bound
+    pin: tuple[str, ...]
 
     @property
     def source(self) -> str:
@@ -52,6 +59,15 @@ KEYS = (
     "pmem",
     "pool-ratio",
     "segment-size",
+    "threshold",
+    "low-watermark",
+    "max-age",
+    "min-age",
+    "cool-down",
+    "interval",
+    "migrate-threads",
+    "migrate-rate",
+    "pin",
 )
 
 
@@ -89,7 +105,44 @@ def mount_options(config: Mapping[str, Any], given: Mapping[str, Any]) -> MountO
         pmem=_choice(merged, "pmem", PMEM_CHOICES) or "auto",
         pool_ratio=_share(merged, "pool-ratio", POOL_RATIO),
         segment_size=parse_size(str(merged["segment-size"])) if "segment-size" in merged else None,
+        limits=_limits(merged),
+        interval_s=_duration(merged, "interval", "5s") or 0.0,
+        migrate_threads=_threads(merged),
+        migrate_rate=parse_size(str(merged.get("migrate-rate", 0))),
+        pin=tuple(_items(merged, "pin")),
     )
+
+
+def _limits(options: Mapping[str, Any]) -> Limits:
+    """The lines of the fast tier; UsageError when they contradict each other."""
+    defaults = Limits()
+    threshold = -1.0
+    if str(options.get("threshold")) != "-1":
+        threshold = _share(options, "threshold", defaults.threshold)
+    low = _share(options, "low-watermark", max(0.0, threshold) * _LOW_OF_THRESHOLD)
+    if threshold >= 0 and not low < threshold <= HIGH_MARK:
+        raise UsageError(
+            f"low-watermark {low:g} must be less than threshold {threshold:g}, "
+            f"and that at most {HIGH_MARK:g}"
+        )
+    max_age_s = _duration(options, "max-age", None)
+    min_age_s = _duration(options, "min-age", "0s") or 0.0
+    if max_age_s is not None and max_age_s <= min_age_s:
+        raise UsageError("max-age must be more than min-age")
+    cool_down_s = _duration(options, "cool-down", f"{defaults.cool_down_s}s") or 0.0
+    return Limits(threshold, low, max_age_s, min_age_s, cool_down_s)
+
+
+def _duration(options: Mapping[str, Any], key: str, default: str | None) -> float | None:
+    text = options.get(key, default)
+    return None if text is None else parse_duration(str(text))
+
+
+def _threads(options: Mapping[str, Any]) -> int:
+    text = str(options.get("migrate-threads", 1))
+    if not text.isdecimal() or not 1 <= int(text) <= _THREADS_MAX:
+        raise UsageError(f"'{text}' is no migrate-threads; give a number from 1 to {_THREADS_MAX}")
+    return int(text)
 
 
 def _share(options: Mapping[str, Any], key: str, default: float) -> float:

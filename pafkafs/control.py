@@ -1,7 +1,7 @@
 """The daemon's control socket: where it is, who may use it, and its protocol.
 
-One line of JSON asks, one line answers: {"command": "status"} -> {"ok": true, "result": …} or
-{"ok": false, "error": "…"}.
+One line of JSON asks, one line answers: {"command": "status", …arguments} -> {"ok": true,
+"result": …} or {"ok": false, "error": "…"}.
 """
 
 import errno
@@ -12,7 +12,7 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ ANSWER_BYTES_MAX = 16 << 20
 TIMEOUT_S = 5.0
 _CONNECTIONS_MAX = 16
 
-Commands = dict[str, Callable[[], Any]]
+# A command gets the whole request; a PafkafsError becomes its answer.
+Commands = dict[str, Callable[[Mapping[str, Any]], Awaitable[Any]]]
 
 
 class NoDaemon(PafkafsError):
@@ -121,19 +122,22 @@ async def _converse(stream: trio.SocketStream, commands: Commands) -> None:
         request += more
         if not more or len(request) > REQUEST_BYTES_MAX:
             return
-    await stream.send_all(json.dumps(_answer(request, commands)).encode() + b"\n")
+    await stream.send_all(json.dumps(await _answer(request, commands)).encode() + b"\n")
 
 
-def _answer(request: bytes, commands: Commands) -> dict[str, Any]:
+async def _answer(request: bytes, commands: Commands) -> dict[str, Any]:
     try:
         asked = json.loads(request)
         command = commands[asked["command"]]
     except (ValueError, TypeError, KeyError, RecursionError):
         return {"ok": False, "error": f"unknown request; known are {', '.join(commands)}"}
-    return {"ok": True, "result": command()}
+    try:
+        return {"ok": True, "result": await command(asked)}
+    except PafkafsError as error:
+        return {"ok": False, "error": str(error)}
 
 
-def ask(mountpoint: str, command: str) -> Any:
+def ask(mountpoint: str, command: str, **arguments: Any) -> Any:
     """Asks the daemon of a mountpoint.  NoDaemon when none listens, PafkafsError otherwise."""
     path = socket_path(mountpoint)
     if path.parent.is_symlink() or path.parent.exists():
@@ -142,7 +146,7 @@ def ask(mountpoint: str, command: str) -> Any:
         client.settimeout(TIMEOUT_S)
         try:
             client.connect(str(path))
-            client.sendall(json.dumps({"command": command}).encode() + b"\n")
+            client.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
             answer = _receive_line(client)
         except (FileNotFoundError, ConnectionRefusedError) as error:
             raise NoDaemon(f"no pafkafs daemon serves {mountpoint}") from error

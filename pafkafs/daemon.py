@@ -7,10 +7,10 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pyfuse3
 import trio
@@ -22,6 +22,8 @@ from pafkafs.device import Device, Home, device_kind, open_device, open_home
 from pafkafs.errors import PafkafsError
 from pafkafs.files import OpenFile, OpenFiles
 from pafkafs.filesystem import Filesystem
+from pafkafs.jobs import Jobs
+from pafkafs.migration import MigrationOptions, Migrator
 from pafkafs.moving import Mover
 from pafkafs.namespace import Namespace
 from pafkafs.objects import ObjectUpkeep
@@ -83,12 +85,35 @@ class Mount:
             uptime_s=round(time.monotonic() - self._started, 1),
             open_files=len(self._files),
             requests=self._front.answered + self._front.forwarded,
-            spilled_files=self._mover.totals.files,
-            spilled_bytes=self._mover.totals.bytes,
             pool=self._pool_status(),
+            migration=self._migration_status(),
             tiers=status.tier_statuses(self.devices),
             problems=tuple(problems),
             notes=tuple(notes(self.devices, self.durability)),
+        )
+
+    def _migration_status(self) -> status.MigrationStatus:
+        now, totals, planned = trio.current_time(), self._mover.totals, self._migrator.plan
+        return status.MigrationStatus(
+            paused=self._migrator.paused,
+            running=tuple(
+                status.MoveStatus(
+                    move.path,
+                    move.source,
+                    move.target,
+                    move.size_bytes,
+                    move.copied_bytes,
+                    round(now - move.started, 1),
+                )
+                for move in self._mover.running
+            ),
+            planned=len(planned),
+            why=planned[0].why if planned else None,
+            files=totals.files,
+            bytes=totals.bytes,
+            failed=totals.failed,
+            cut_over_max_s=round(totals.cut_over_max_s, 4),
+            last_error=self._migrator.last_error,
         )
 
     def _pool_status(self) -> status.PoolStatus | None:
@@ -147,11 +172,12 @@ class Mount:
             async with trio.open_nursery() as nursery:
                 self._build(nursery, fuse_fd)
                 await self._reconcile_before_serving(nursery)
-                nursery.start_soon(control.serve, server, {"status": self._status})
+                nursery.start_soon(control.serve, server, self._commands())
                 nursery.start_soon(self._run_upkeep)
                 nursery.start_soon(self._watch_signals)
                 nursery.start_soon(self._handle_events, on_ready)
                 nursery.start_soon(self._collect_garbage)
+                nursery.start_soon(self._migrator.run)
                 for device in self.devices:
                     nursery.start_soon(self._sync_what_was_there, device)
                     nursery.start_soon(self._watch_usage, device)
@@ -196,7 +222,24 @@ class Mount:
         self._namespace.damaged.update(self._scan.damaged)
         if self._grows:
             self._build_pool(nursery)
-        self._mover = Mover(self._namespace, self.home, self._by_id, Pace(0))
+        pace = Pace(self.options.migrate_rate)
+        self._mover = Mover(self._namespace, self.home, self._by_id, pace)
+        self._migrator = Migrator(
+            self._namespace,
+            self.home,
+            self.devices,
+            self._mover,
+            self.options.mode,
+            MigrationOptions(
+                self.options.limits,
+                self.options.interval_s,
+                self.options.migrate_threads,
+                self.options.pin,
+            ),
+        )
+        if self._pool is not None:
+            self._migrator.pool_bytes = lambda: self._pool.bytes if self._pool is not None else 0
+        self._jobs = Jobs(nursery, self._migrator)
         self._spiller = Spiller(self._namespace, self._mover, self._by_id, self.options.mode)
         self._spiller.pool = self._pool
         self._reconciler = recovery.Reconciler(self._namespace, self.home, self._scan)
@@ -219,8 +262,11 @@ class Mount:
         rooms = [device.room for device in self.devices]
         return self.devices[place_new(self.options.mode, rooms, bulk=bulk)]
 
-    def _status(self) -> dict[str, object]:
-        return status.as_dict(self.snapshot())
+    def _commands(self) -> control.Commands:
+        async def show(_: Mapping[str, Any]) -> dict[str, object]:
+            return status.as_dict(self.snapshot())
+
+        return {"status": show, **self._jobs.commands()}
 
     async def _reconcile_before_serving(self, nursery: trio.Nursery) -> None:
         for device in self.devices:

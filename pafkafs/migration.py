@@ -22,7 +22,7 @@ from pafkafs.device import Device, Home
 from pafkafs.moving import Mover
 from pafkafs.namespace import Namespace
 from pafkafs.nodes import Node
-from pafkafs.policy import Decision, Limits, Mode, Segment, plan
+from pafkafs.policy import HIGH_MARK, Decision, Limits, Mode, Segment, plan
 
 log = logging.getLogger(__name__)
 
@@ -175,6 +175,7 @@ class Migrator:
         node = self._find(path)
         if node.is_directory:
             raise IsADirectoryError(errno.EISDIR, "a directory has no data to move")
+        self._check_movable(node, to_fast)
         file = self._namespace.opened(node)
         async with self._namespace.files.used(file):
             if file.device.slow is not to_fast:
@@ -186,6 +187,18 @@ class Migrator:
             if node.stub is not None:
                 self._moved_at[node.stub.object_id] = time.monotonic()
         return True
+
+    def _check_movable(self, node: Node, to_fast: bool) -> None:
+        parent, name = node.names[0]
+        directory = parent.names[0][1] if parent.names else b""
+        if not kafka.may_migrate(os.fsdecode(directory), os.fsdecode(name)):
+            raise OSError(errno.EPERM, "only segments move")
+        if not to_fast and self._namespace.is_active_segment(node) and not self._emergency():
+            raise OSError(errno.EBUSY, "the active segment stays where it is")
+
+    def _emergency(self) -> bool:
+        used, capacity = self.usage()
+        return used > HIGH_MARK * capacity
 
     def _find(self, path: bytes) -> Node:
         """The node of a path.  Until it is used, nothing keeps it: no await comes between."""

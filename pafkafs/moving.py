@@ -254,15 +254,18 @@ class Mover:
         """The mirror image: the copy itself takes the place of the stub.  Atomic, too."""
         node = file.node
         self._check_still_one_name(file)
-        if not node.names or node.stub is None:
-            raise OSError(errno.ENOENT, "it was removed meanwhile")
         layout.copy_attributes(os.fstat(file.native.attr_fd), copy.fd)
-        key = os.fstat(copy.fd).st_ino
-        parent, name = node.names[0]
-        parent_fd = self._namespace.nodes.directory_fd(parent)
-        layout.replace_stub(self._home.tmp_fd, copy.name, parent_fd, name)
-        copy.committed = True
-        self._namespace.nodes.rekey(node, key, None)
+        if node.names:
+            parent, name = node.names[0]
+            parent_fd = self._namespace.nodes.directory_fd(parent)
+            layout.replace_stub(self._home.tmp_fd, copy.name, parent_fd, name)
+            copy.committed = True
+            self._namespace.nodes.rekey(node, os.fstat(copy.fd).st_ino, None)
+        else:
+            # Removed, and still open: it needs no name here either.
+            os.unlink(copy.name, dir_fd=self._home.tmp_fd)
+            copy.committed = True
+            node.stub = None
         try:
             file.native.repoint_plain(copy.target.native, copy.take_fd())
         except OSError as error:

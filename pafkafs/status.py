@@ -48,6 +48,33 @@ class TierStatus:
 
 
 @dataclass(frozen=True)
+class MoveStatus:
+    """A file on its way from one device to another."""
+
+    path: str
+    source: str
+    target: str
+    size_bytes: int
+    copied_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class MigrationStatus:
+    """The background task; files, bytes and failures since the mount."""
+
+    paused: bool
+    running: tuple[MoveStatus, ...]
+    planned: int  # files that go next
+    why: str | None
+    files: int
+    bytes: int
+    failed: int
+    cut_over_max_s: float
+    last_error: str | None
+
+
+@dataclass(frozen=True)
 class PoolStatus:
     """Files prepared for new segments in persistent memory."""
 
@@ -69,9 +96,8 @@ class MountStatus:
     uptime_s: float | None
     open_files: int = 0
     requests: int = 0
-    spilled_files: int = 0
-    spilled_bytes: int = 0
     pool: PoolStatus | None = None
+    migration: MigrationStatus | None = None
     tiers: tuple[TierStatus, ...] = ()
     problems: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()

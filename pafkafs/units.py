@@ -26,6 +26,18 @@ def parse_size(text: str) -> int:
     return size
 
 
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|min|m|h|d|w)")
+_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a duration such as `30s`, `10min`, `12h`, `7d`."""
+    match = _DURATION.fullmatch(text.strip().lower())
+    if match is None:
+        raise UsageError(f"'{text}' is not a duration; write it like 30s, 10min, 12h or 7d")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
 def format_size(count: int) -> str:
     """A size for people, in binary units with at most four digits: `1.5 GiB`."""
     value = float(count)

@@ -13,8 +13,9 @@ ROOT = Path(pafkafs.__file__).parent
 LAYERS = [
     {"commands"},
     {"daemon", "adoption", "doctor"},
-    {"filesystem", "control", "mountpoint"},
-    {"status", "recovery", "garbage", "spilling"},
+    {"jobs", "filesystem"},
+    {"control", "mountpoint"},
+    {"status", "recovery", "garbage", "spilling", "migration"},
     {"moving"},
     {"namespace"},
     {"tree"},

@@ -7,6 +7,7 @@ import click
 from pafkafs import __version__
 from pafkafs.commands.adopt import adopt
 from pafkafs.commands.doctor import doctor
+from pafkafs.commands.migrate import migrate, pause, resume
 from pafkafs.commands.mount import mount
 from pafkafs.commands.status import status
 from pafkafs.commands.umount import umount
@@ -26,7 +27,7 @@ def cli() -> None:
     """
 
 
-for command in (mount, umount, status, adopt, doctor):
+for command in (mount, umount, status, migrate, pause, resume, adopt, doctor):
     cli.add_command(command)
 
 

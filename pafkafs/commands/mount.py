@@ -67,6 +67,32 @@ _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     "Kafka is seen to roll at.",
 )
 @click.option(
+    "--threshold",
+    metavar="SHARE",
+    help="Of the fast tier's capacity: above it sealed segments go down, oldest first (default "
+    "0.5; -1: never by usage).",
+)
+@click.option(
+    "--low-watermark",
+    metavar="SHARE",
+    help="Down to here; below it segments come up again (default 0.8 of the threshold).",
+)
+@click.option("--max-age", metavar="TIME", help="Sealed segments older than this go down: 12h, 7d.")
+@click.option("--min-age", metavar="TIME", help="Younger segments stay (default 0s).")
+@click.option(
+    "--cool-down", metavar="TIME", help="What went down stays there at least so long (1h)."
+)
+@click.option("--interval", metavar="TIME", help="How often to look (default 5s).")
+@click.option("--migrate-threads", metavar="N", help="Files that move at once (default 1).")
+@click.option(
+    "--migrate-rate",
+    metavar="SIZE",
+    help="Bytes per second to move at most; 0: no bound (default).",
+)
+@click.option(
+    "--pin", metavar="GLOB[,GLOB…]", help="Paths below the mount that stay on the fast tier."
+)
+@click.option(
     "--config", metavar="FILE", help="TOML file with these options (fast, slow, mountpoint too)."
 )
 @click.option("--log-file", metavar="FILE", help="Where the daemon logs.")

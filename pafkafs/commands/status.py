@@ -120,8 +120,25 @@ def _show_devices(console: Any, mount: dict[str, Any]) -> None:
             f"  prepared for new segments in persistent memory ({pool['persist']}): "
             f"{pool['files']} files, {format_size(pool['bytes'])}"
         )
-    if mount["spilled_files"]:
+    if mount["migration"] is not None:
+        _show_migration(console, mount["migration"])
+
+
+def _show_migration(console: Any, migration: dict[str, Any]) -> None:
+    paused = ", paused: pafkafs resume" if migration["paused"] else ""
+    console.print(
+        f"  moved since the mount: {migration['files']} files, {format_size(migration['bytes'])}"
+        f"{paused}"
+    )
+    for move in migration["running"]:
+        speed = move["copied_bytes"] / max(0.1, move["seconds"])
+        done = 100 * move["copied_bytes"] / max(1, move["size_bytes"])
         console.print(
-            f"  moved to make room since the mount: {mount['spilled_files']} files, "
-            f"{format_size(mount['spilled_bytes'])}"
+            f"  moving {move['path']} to {move['target']}: {min(100, done):.0f} %, "
+            f"{format_size(int(speed))}/s",
+            markup=False,
         )
+    if migration["planned"]:
+        console.print(f"  next: {migration['planned']} files, because of {migration['why']}")
+    if migration["last_error"] is not None:
+        console.print(f"  last error: {migration['last_error']}", markup=False)
