@@ -78,6 +78,7 @@ class Spiller:
             file.devices_tried.add(here)
             if self.pool is not None and self.pool.device is file.device:
                 self.pool.drain()
+            await self._take_tails_back(file)
             if await _room_came(file.device):
                 file.native.end_starving(0)
                 return
@@ -86,13 +87,25 @@ class Spiller:
         else:
             file.native.end_starving(errno.ENOSPC)
 
+    async def _take_tails_back(self, file: OpenFile) -> None:
+        """What other files have allocated ahead of their writers is room, too."""
+        for other in self._namespace.files.all_growing(file.device):
+            if file.device.room.free_bytes >= _WRITE_BYTES_MAX:
+                break
+            if other is not file:
+                await self._namespace.files.seal(other)
+
     async def _spill(self, file: OpenFile) -> None:
         """Moves the file to the first device that takes it.
 
         The gate stays closed over all attempts: who waits is told once, of the last.
         """
+        device = file.device
         await file.close_gate()
         try:
+            if file.device is not device:
+                file.native.end_starving(0)  # it was moved while this waited at the gate
+                return
             if file.native.growing is not None:
                 await file.device.run(file.native.seal)
                 file.native.switch_backing()
