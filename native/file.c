@@ -358,6 +358,7 @@ void file_repoint(struct file *file, struct backing *b)
 	struct backing *old = file->backing;
 	file->backing = b;
 	file->counted_bytes = now;
+	file->told_written = false;
 	file->synced_seq = file->changed_seq; /* the copy was fsynced */
 	pthread_mutex_unlock(&file->lock);
 	backing_unref(old);

@@ -332,8 +332,12 @@ static enum io_result write_growing(struct io *io, const struct fuse_write_in *a
 	}
 	if (is_full(err))
 		return park_for_room(io);
+	if (err == -EFBIG) /* no window is so large: as any other file */
+		return park_for(io, EVENT_SEAL);
 	if (err == 0) {
 		file_mark_changed(io->file, (int64_t)arg->offset, (int64_t)end);
+		grow_ahead_if_need_be(io, end);
+	}
 		grow_ahead_if_need_be(io, end);
 	}
 	file_leave(io->file);
@@ -376,16 +380,20 @@ int io_start_growing(struct file *file, unsigned number)
 
 int io_seal(struct file *file)
 {
-	struct backing *b = file_backing(file);
-	int err = b->pmem != NULL ? pmem_seal(b->pmem) : 0;
+	struct backing *b = file_backing(file), *plain = NULL;
+	int err = 0;
 
-	if (err == 0 && b->pmem != NULL) {
+	if (b->pmem != NULL) {
+		/* What may fail comes before the seal, which cannot be undone. */
 		int fd = fcntl(atomic_load(&b->data_fd), F_DUPFD_CLOEXEC, 0);
-		struct backing *plain = fd < 0 ? NULL : backing_plain(b->dev, fd);
-		if (plain != NULL)
-			file_prepare(file, plain);
-		else
-			err = -errno;
+		plain = fd < 0 ? NULL : backing_plain(b->dev, fd);
+		err = plain == NULL ? -errno : pmem_seal(b->pmem);
+	}
+	if (plain != NULL && err == 0) {
+		file_settle(file, b, 0); /* the tail is given back */
+		file_prepare(file, plain);
+	} else if (plain != NULL) {
+		backing_unref(plain);
 	}
 	backing_unref(b);
 	return err;
@@ -424,6 +432,12 @@ static enum io_result write_(struct io *io)
 	return answer(io, 0, &out, sizeof(out));
 }
 
+/* What is written to it is durable at once, and its entry has been synced. */
+static bool is_durable(const struct backing *b)
+{
+	return b->pmem != NULL && b->dev->map_sync && !b->entries_dirty;
+}
+
 static int sync_locked(struct file *file, struct backing *b, bool data_only)
 {
 	uint64_t seq;
@@ -432,7 +446,7 @@ static int sync_locked(struct file *file, struct backing *b, bool data_only)
 	 * segment when it stops. */
 	if (!file_unsynced(file, &seq) && b->shadow_fd >= 0)
 		return 0;
-	if (b->pmem != NULL && !b->entries_dirty)
+	if (is_durable(b))
 		return 0;
 	int err = object_open(file, b);
 	if (err < 0)
@@ -446,6 +460,8 @@ static int sync_locked(struct file *file, struct backing *b, bool data_only)
 		err = object_sync_entries(b);
 	else
 		b->entries_dirty = false;
+	if (err == 0 && b->pmem != NULL && sizes_sync(b->dev->sizes) < 0)
+		err = -EIO;
 	file_synced(file, seq, -err);
 	return err;
 }
@@ -470,7 +486,7 @@ static enum io_result fsync_(struct io *io)
 	if (must_defer(io) && !file_unsynced(io->file, &seq))
 		return answer(io, file_handle_error(io->file, arg->fh), NULL, 0);
 	/* What was written there is durable, and so is the file since its first fsync. */
-	if (io->b->pmem != NULL && !io->b->entries_dirty)
+	if (is_durable(io->b))
 		return answer(io, file_handle_error(io->file, arg->fh), NULL, 0);
 	if (should_defer(io))
 		return to_worker(io);

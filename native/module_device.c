@@ -158,9 +158,10 @@ static PyObject *device_slots(DeviceObject *self, PyObject *ignored)
 		if (nonce == 0)
 			continue;
 		PyObject *item = Py_BuildValue(
-			"(IKKKK)", i, nonce, (unsigned long long)atomic_load(&slot->ino),
+			"(IKKKKK)", i, nonce, (unsigned long long)atomic_load(&slot->ino),
 			(unsigned long long)atomic_load(&slot->size),
-			(unsigned long long)atomic_load(&slot->mtime_ns));
+			(unsigned long long)atomic_load(&slot->mtime_ns),
+			(unsigned long long)atomic_load(&slot->grown));
 		if (item == NULL || PyList_Append(list, item) != 0)
 			Py_CLEAR(list);
 		Py_XDECREF(item);

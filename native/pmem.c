@@ -16,8 +16,8 @@
 #include "persist.h"
 
 /* Address space, not memory: the mapping grows in place, so that no writer
- * ever holds an address that has moved. */
-enum { WINDOW_SHIFT = 36 };
+ * ever holds an address that has moved.  Kafka's segments end at 2 GiB. */
+enum { WINDOW_SHIFT = 32 };
 #define WINDOW_BYTES (1ull << WINDOW_SHIFT)
 
 #define HUGE_PAGE (2ull << 20)
@@ -106,16 +106,35 @@ static int map_range(struct pmem *p, uint64_t from, uint64_t to)
 	void *at = mmap(p->window + from, to - from, PROT_READ | PROT_WRITE, flags | MAP_FIXED,
 			p->fd, (off_t)from);
 
-	if (at == MAP_FAILED)
-		return -errno;
-	/* Before Linux 5.14 the first store into each page faults. */
-	(void)madvise(at, to - from, MADV_POPULATE_WRITE);
-	return 0;
+	return at == MAP_FAILED ? -errno : 0;
 }
 
-static uint64_t page_up(uint64_t bytes)
+static uint64_t page_down(uint64_t bytes)
 {
-	return (bytes + 4095) & ~4095ull;
+	return bytes & ~4095ull;
+}
+
+/* All that will be written next, also where an fsync has protected the pages
+ * again: the first store into each of them would fault. */
+static void populate(struct pmem *p, uint64_t to)
+{
+	uint64_t from = page_down(atomic_load(&p->size));
+
+	/* Before Linux 5.14 they do. */
+	if (from < to)
+		(void)madvise(p->window + from, to - from, MADV_POPULATE_WRITE);
+}
+
+/* In one piece, so that huge pages can map it; and written zeros. */
+static int lengthen(struct pmem *p, uint64_t length, uint64_t end)
+{
+	/* Before the file is longer: recovery leaves a file alone whose length
+	 * is none that we gave it. */
+	persist_store(&p->slot->grown, end);
+	persist_drain();
+	if (fallocate(p->fd, 0, (off_t)length, (off_t)(end - length)) != 0)
+		return -errno;
+	return write_zeros(p->fd, length, end);
 }
 
 static int grow_locked(struct pmem *p, uint64_t end)
@@ -123,29 +142,23 @@ static int grow_locked(struct pmem *p, uint64_t end)
 	uint64_t capacity = atomic_load(&p->capacity);
 	struct stat st;
 
-	end = page_up(end);
+	end = page_down(end + 4095);
 	if (end <= capacity)
 		return 0;
 	if (end > WINDOW_BYTES)
 		return -EFBIG;
 	if (fstat(p->fd, &st) != 0)
 		return -errno;
-	uint64_t length = (uint64_t)st.st_size;
-	if (length < end) {
-		/* In one piece, so that huge pages can map it. */
-		if (fallocate(p->fd, 0, (off_t)length, (off_t)(end - length)) != 0)
-			return -errno;
-		int err = write_zeros(p->fd, length, end);
-		if (err < 0)
-			return err;
-	}
+	int err = (uint64_t)st.st_size < end ? lengthen(p, (uint64_t)st.st_size, end) : 0;
+	if (err < 0)
+		return err;
 	/* The journal is committed here, and not by the first stores. */
 	if (fdatasync(p->fd) != 0)
 		return -errno;
-	uint64_t from = capacity & ~(HUGE_PAGE - 1);
-	int err = map_range(p, from, end);
+	err = map_range(p, capacity & ~(HUGE_PAGE - 1), end);
 	if (err < 0)
 		return err;
+	populate(p, end);
 	atomic_store(&p->capacity, end);
 	return 0;
 }
@@ -181,10 +194,12 @@ struct pmem *pmem_open(int fd, struct sizes *sizes, unsigned number, bool sync)
 	pthread_mutex_init(&p->grow_lock, NULL);
 	if (err == 0)
 		err = fstat(fd, &st) == 0 ? 0 : -errno;
-	/* Whole pages that are there: the file is not longer than it was before
+	/* Whole pages that are there, as they are: the file is not changed before
 	 * all its users know that it grows. */
-	if (err == 0 && st.st_size >= 4096)
-		err = pmem_grow(p, (uint64_t)st.st_size & ~4095ull);
+	if (err == 0 && st.st_size >= 4096) {
+		atomic_store(&p->capacity, page_down((uint64_t)st.st_size));
+		err = map_range(p, 0, p->capacity);
+	}
 	if (err == 0)
 		return p;
 	if (p->window != MAP_FAILED)
@@ -198,7 +213,9 @@ void pmem_close(struct pmem *p)
 {
 	struct stat st;
 
-	if (!p->sealed && fstat(p->fd, &st) == 0 && st.st_nlink == 0)
+	/* The removal has to be durable first: else a power cut brings back a
+	 * name of a file that is too long, and no slot. */
+	if (!p->sealed && fstat(p->fd, &st) == 0 && st.st_nlink == 0 && fsync(p->fd) == 0)
 		sizes_give_back(p->sizes, p->number);
 	munmap(p->window, WINDOW_BYTES);
 	pthread_mutex_destroy(&p->write_lock);
@@ -234,7 +251,9 @@ int pmem_write(struct pmem *p, const void *data, size_t len, uint64_t offset)
 	int err = -EAGAIN;
 
 	pthread_mutex_lock(&p->write_lock);
-	if (end <= atomic_load(&p->capacity))
+	if (p->sealed)
+		err = -ESTALE;
+	else if (end <= atomic_load(&p->capacity))
 		err = copy_caught(p->window + offset, data, len);
 	if (err == 0)
 		note_written(p, end);
@@ -245,27 +264,42 @@ int pmem_write(struct pmem *p, const void *data, size_t len, uint64_t offset)
 void pmem_set_mtime(struct pmem *p, uint64_t mtime_ns)
 {
 	pthread_mutex_lock(&p->write_lock);
-	persist_store(&p->slot->mtime_ns, mtime_ns);
-	persist_drain();
+	if (!p->sealed) {
+		persist_store(&p->slot->mtime_ns, mtime_ns);
+		persist_drain();
+	}
 	atomic_store(&p->mtime_ns, mtime_ns);
 	pthread_mutex_unlock(&p->write_lock);
 }
 
-int pmem_seal(struct pmem *p)
+static int cut(struct pmem *p)
 {
-	uint64_t mtime = pmem_mtime_ns(p);
+	uint64_t mtime = pmem_mtime_ns(p), size = pmem_size(p);
 	struct timespec times[2] = {
 		{.tv_nsec = UTIME_OMIT},
 		{.tv_sec = (time_t)(mtime / 1000000000u), .tv_nsec = (long)(mtime % 1000000000u)},
 	};
 
-	if (ftruncate(p->fd, (off_t)pmem_size(p)) != 0 || futimens(p->fd, times) != 0 ||
+	/* If it fails half way, a later write has to grow again first. */
+	atomic_store(&p->capacity, page_down(size));
+	if (ftruncate(p->fd, (off_t)size) != 0 || futimens(p->fd, times) != 0 ||
 	    fsync(p->fd) != 0)
 		return -errno;
-	/* Invariant of sizes: not before the file is as long as it says. */
-	sizes_give_back(p->sizes, p->number);
-	p->sealed = true;
 	return 0;
+}
+
+int pmem_seal(struct pmem *p)
+{
+	pthread_mutex_lock(&p->write_lock);
+	int err = cut(p);
+	if (err == 0) {
+		/* From here on the slot may be another file's. */
+		p->sealed = true;
+		/* Invariant of sizes: not before the file is as long as it says. */
+		sizes_give_back(p->sizes, p->number);
+	}
+	pthread_mutex_unlock(&p->write_lock);
+	return err;
 }
 
 uint64_t pmem_size(const struct pmem *p)

@@ -90,6 +90,7 @@ struct sizes *sizes_open(int dir_fd, unsigned count, bool sync)
 		return NULL;
 	}
 	pthread_mutex_init(&s->lock, NULL);
+	s->sync = sync;
 	s->next = 1;
 	return s;
 }
@@ -121,12 +122,20 @@ int sizes_take(struct sizes *s, uint64_t nonce, uint64_t ino, uint64_t size, uin
 		persist_store(&slot->size, size);
 		persist_store(&slot->mtime_ns, mtime_ns);
 		persist_store(&slot->ino, ino);
+		persist_store(&slot->grown, size);
 		persist_drain(); /* before the nonce, which makes it count */
 		persist_store(&slot->nonce, nonce);
 		persist_drain();
 	}
 	pthread_mutex_unlock(&s->lock);
 	return number != 0 ? (int)number : -ENOSPC;
+}
+
+int sizes_sync(struct sizes *s)
+{
+	if (s->sync)
+		return 0;
+	return msync(s->slots, s->count * sizeof(struct slot), MS_SYNC) == 0 ? 0 : -errno;
 }
 
 void sizes_give_back(struct sizes *s, unsigned number)

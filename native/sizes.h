@@ -26,13 +26,15 @@ struct slot {
 	_Atomic uint64_t size;
 	_Atomic uint64_t mtime_ns;
 	_Atomic uint64_t ino;
-	uint64_t unused[4];
+	_Atomic uint64_t grown; /* the file was made no longer than this, by us */
+	uint64_t unused[3];
 };
 
 _Static_assert(sizeof(struct slot) == 64, "a slot is one cache line");
 
 struct sizes {
 	struct slot *slots; /* the first is the header */
+	bool sync;
 	unsigned count;
 	pthread_mutex_t lock;
 	unsigned next; /* where to look for a free one */
@@ -48,6 +50,8 @@ void sizes_close(struct sizes *s);
 
 /* A slot for a file; its number, or -ENOSPC. */
 int sizes_take(struct sizes *s, uint64_t nonce, uint64_t ino, uint64_t size, uint64_t mtime_ns);
+/* Makes the slots durable where the mapping is not (no DAX); 0 or -errno. */
+int sizes_sync(struct sizes *s);
 /* The file is as long as its slot says, durably, or is gone. */
 void sizes_give_back(struct sizes *s, unsigned number);
 

@@ -62,6 +62,11 @@ class Mount:
         self._by_id = {device.id: device for device in self.devices}
         home = self.devices[0]
         self._grows = options.pmem == "on" or (options.pmem == "auto" and home.kind == "dax")
+        if options.pmem == "on" and self.durability == "power" and home.kind != "dax":
+            raise PafkafsError(
+                f"{os.fsdecode(home.path)} is not on DAX: --pmem on is for tests there, and cannot "
+                "be had with --durability power"
+            )
         home.native.segment_bytes = options.segment_size or 0
         self._sizes = _open_sizes(home) if self._grows or growing.was_used(home) else None
         self._scan = recovery.scan_tree(self.home, self._by_id, paths, self._sizes)
@@ -89,7 +94,7 @@ class Mount:
             migration=self._migration_status(),
             tiers=status.tier_statuses(self.devices),
             problems=tuple(problems),
-            notes=tuple(notes(self.devices, self.durability)),
+            notes=tuple(notes(self.devices, self.durability, grows=self._grows)),
         )
 
     def _migration_status(self) -> status.MigrationStatus:
@@ -318,7 +323,13 @@ class Mount:
 
     async def _grow_if_active(self, file: OpenFile) -> None:
         """A segment that is written to after a restart grows on in persistent memory."""
-        if self._grows and self._namespace.is_active_segment(file.node):
+        try:
+            wanted = self._grows and self._namespace.is_active_segment(file.node)
+        except OSError as error:
+            log.warning("%s: %s", os.fsdecode(file.node.path()), error.strerror)
+            return
+        room = file.device.room
+        if wanted and room.free_bytes > min(growing.ROOM_TO_START, room.limit_bytes // 8):
             await growing.start(self._files, file)
 
     async def _watch_usage(self, device: Device) -> None:
@@ -449,13 +460,15 @@ async def _seal_for_request(file: OpenFile) -> None:
         file.native.end_starving(error.errno or errno.EIO)
 
 
-def notes(devices: list[Device], durability: str) -> list[str]:
+def notes(devices: list[Device], durability: str, *, grows: bool) -> list[str]:
     """What the operator should know, though nothing is wrong."""
     found = []
     if devices[0].kind == "memory":
         found.append("the fast tier is in memory: a power loss takes its data and all names")
     if durability == "power" and devices[0].kind != "dax":
         found.append("durability power without DAX: each write is synchronous, and slow")
+    if grows and devices[0].kind != "dax":
+        found.append("--pmem on without DAX is for tests and measurements")
     return found
 
 

@@ -149,6 +149,15 @@ def _fast(path: str) -> Iterator[Finding]:
         yield from _huge_pages(path)
         return
     namespaces = list(pmem_namespaces())
+    mine = next((n for n in namespaces if n.holds(os.stat(path).st_dev)), None)
+    if mine is not None:
+        where = mount_point_of(path)
+        yield Finding(
+            WARNING,
+            f"{path} is on persistent memory (/dev/{mine.block_device}), but not mounted with DAX",
+            f"umount {where} && mount -o dax=always /dev/{mine.block_device} {where}",
+        )
+        return
     if not namespaces:
         yield Finding(OK, f"{path} is an ordinary filesystem; this host has no persistent memory")
     for namespace in namespaces:
@@ -173,6 +182,14 @@ def _huge_pages(path: str) -> Iterator[Finding]:
         )
 
 
+def mount_point_of(path: str) -> str:
+    """Where the filesystem of a path is mounted."""
+    real = Path(os.path.realpath(path))
+    while not real.is_mount():
+        real = real.parent
+    return str(real)
+
+
 @dataclass(frozen=True)
 class PmemNamespace:
     """A namespace of persistent memory as sysfs has it; mode is fsdax, devdax, sector or raw."""
@@ -182,11 +199,18 @@ class PmemNamespace:
     size_bytes: int
     block_device: str | None
 
+    def holds(self, device_number: int) -> bool:
+        """Whether a filesystem with this device number is on it."""
+        if self.block_device is None:
+            return False
+        numbers = _attribute(Path("/sys/class/block", self.block_device), "dev")
+        return numbers == f"{os.major(device_number)}:{os.minor(device_number)}"
+
     @property
     def commands(self) -> str:
         """How to get a filesystem with DAX on it."""
         device = f"/dev/{self.block_device or 'pmem0'}"
-        make = f"mkfs.ext4 {device} && mount -o dax=always {device} /pmem"
+        make = f"mkfs.ext4 -b 4096 {device} && mount -o dax=always {device} /pmem"
         if self.mode == "fsdax":
             return f"if {device} holds nothing: {make}"
         return f"if it holds nothing: ndctl create-namespace -f -e {self.name} -m fsdax && {make}"

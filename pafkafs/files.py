@@ -35,6 +35,7 @@ class OpenFile:
         "device",
         "devices_tried",
         "gate_open",
+        "mtime_set_ns",
         "native",
         "node",
         "quiet",
@@ -49,6 +50,7 @@ class OpenFile:
         self.device = device
         self.read_only = read_only  # without privilege, of a file with mode 0400
         self.users = 0
+        self.mtime_set_ns: int | None = None  # by utimens, since a seal began
         self.starving_since = -math.inf
         self.devices_tried: set[str] = set()  # for room, since then
         self.gate_open: trio.Event | None = None  # set while the gate is closed
@@ -85,7 +87,11 @@ class OpenFile:
     async def seal(self) -> None:
         """A file that grows in persistent memory is as any other when this returns."""
         if self.native.growing is not None:
+            self.mtime_set_ns = None
             await self.closed_gate(self.native.seal)
+            if self.mtime_set_ns is not None:  # while the seal set that of the last write
+                status = os.fstat(self.native.data_fd)
+                os.utime(self.native.data_fd, ns=(status.st_atime_ns, self.mtime_set_ns))
 
     async def truncate(self, size: int) -> None:
         """Sets the size; waits at the gate, and in a worker for a slow device."""
@@ -134,6 +140,7 @@ class OpenFiles:
         self._handles: dict[int, OpenFile] = {}
         self._numbers = itertools.count(1)
         self._open: set[OpenFile] = set()
+        self._growing: dict[Node, set[OpenFile]] = {}  # by the directory they were in
         self._kernel_keeps_up = kernel.drops_pages_after_direct_write(os.uname().release)
         self.opened_objects: set[str] | None = set()  # since the mount; None: nobody asks
         self.unsynced_objects: set[str] = set()  # not open, with attributes to be fsynced
@@ -163,6 +170,26 @@ class OpenFiles:
     def attach_growing(self, node: Node, device: Device, native: _native.File) -> OpenFile:
         """Makes node's open file of one that grows in persistent memory."""
         return self._attach(OpenFile(node, native, device, read_only=False))
+
+    def note_growing(self, file: OpenFile) -> None:
+        """The file has a name and grows."""
+        if file.native.growing is not None and file.node.names:
+            self._growing.setdefault(file.node.names[0][0], set()).add(file)
+
+    def growing_in(self, directory: Node) -> list[OpenFile]:
+        """The files of a directory that grow."""
+        return [f for f in self._growing.get(directory, ()) if f.native.growing is not None]
+
+    def all_growing(self, device: Device) -> list[OpenFile]:
+        """The files on a device that grow."""
+        found = (file for files in self._growing.values() for file in files)
+        return [f for f in found if f.device is device and f.native.growing is not None]
+
+    def _forget_growing(self, file: OpenFile) -> None:
+        for directory in [d for d, files in self._growing.items() if file in files]:
+            self._growing[directory].discard(file)
+            if not self._growing[directory]:
+                del self._growing[directory]
 
     def attach_object(
         self, node: Node, device: Device, shadow_fd: int, *, create: bool, nlink: int
@@ -254,6 +281,8 @@ class OpenFiles:
             if file.native.error_unseen:
                 return
         self._open.discard(file)
+        if self._growing:
+            self._forget_growing(file)
         self._on_closed(file)
         file.native.close()
         file.node.file = None
@@ -268,6 +297,7 @@ class OpenFiles:
         try:
             async with self.used(file):
                 await file.seal()
+                self._forget_growing(file)
         except OSError as error:
             file.device.failed(f"cannot seal {os.fsdecode(file.node.path())}: {error.strerror}")
 

@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import secrets
-import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from pafkafs.policy import HIGH_MARK
 
 log = logging.getLogger(__name__)
 
+_PAGE = 4096
 NONCE_ATTRIBUTE = "user.pafkafs.nonce"
 
 # 64 bytes each.  More files than this do not grow at once: later ones are written with pwrite.
@@ -32,6 +32,8 @@ SLOTS = 1 << 15
 # What a file of the pool has allocated: enough until the first growth ahead of its writer.
 FIRST_BYTES = 2 << 20
 _POOL_FILES_MAX = 64
+# With less room a file that is written to does not begin to grow ahead of its writer.
+ROOM_TO_START = 128 << 20
 _FILL_RETRY_S = 5.0
 # After it was drained because a writer had no room.
 _REST_S = 30.0
@@ -79,13 +81,19 @@ def take_slot(device: Device, fd: int, size: int, mtime_ns: int) -> int:
 
 @dataclass(frozen=True)
 class Slot:
-    """A slot that was in use when the last mount ended."""
+    """A slot that was in use when the last mount ended; sizes in bytes."""
 
     number: int
     nonce: int
     ino: int
     size: int
     mtime_ns: int
+    grown: int
+
+    def is_ours(self, length: int) -> bool:
+        """Whether a file of this length is one that was growing, and nobody has changed since: it
+        grows by whole pages, and a growth may have been cut anywhere."""
+        return length == self.size or (self.size < length <= self.grown and length % _PAGE == 0)
 
 
 class Recovery:
@@ -93,39 +101,58 @@ class Recovery:
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._slots = {slot.ino: slot for slot in (Slot(*raw) for raw in device.native.slots())}
+        self._slots: dict[int, list[Slot]] = {}
+        for raw in device.native.slots():
+            slot = Slot(*raw)
+            self._slots.setdefault(slot.ino, []).append(slot)
         self.recovered = 0
         self.refused: list[str] = []
 
     def file_found(self, dir_fd: int, path: bytes, ino: int) -> bool:
         """A regular file of the home tree; cuts it when it was growing, which it tells."""
-        slot = self._slots.get(ino)
-        if slot is None:
+        slots = self._slots.get(ino)
+        if slots is None:
             return False
-        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
         try:
-            self._apply(fd, path, slot)
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+        except OSError as error:
+            self._slots.pop(ino)  # they stay, for a mount that may open it
+            self._refuse(path, error.strerror or "cannot be opened")
+            return True
+        try:
+            self._apply(fd, path, slots)
+        except OSError as error:
+            self._slots.pop(ino)
+            self._refuse(path, error.strerror or "cannot be cut to its size")
         finally:
             os.close(fd)
         return True
 
-    def _apply(self, fd: int, path: bytes, slot: Slot) -> None:
-        status = os.fstat(fd)
-        if _nonce_of(fd) != slot.nonce or not stat.S_ISREG(status.st_mode):
-            return  # the inode number was used again: the slot's own file is gone
-        if slot.size > status.st_size:
-            self.refused.append(f"{os.fsdecode(path)}: {status.st_size} bytes, not {slot.size}")
-            log.error("a slot does not fit its file: %s", self.refused[-1])
-            return
-        os.ftruncate(fd, slot.size)
-        os.utime(fd, ns=(status.st_atime_ns, slot.mtime_ns))
-        os.fsync(fd)
-        self.recovered += 1
+    def _apply(self, fd: int, path: bytes, slots: list[Slot]) -> None:
+        nonce, status = _nonce_of(fd), os.fstat(fd)
+        slot = next((slot for slot in slots if slot.nonce == nonce), None)
+        if slot is None:
+            self._refuse(path, "its slot belongs to another file")
+        elif not slot.is_ours(status.st_size):
+            self._refuse(path, f"changed since it was written to: {status.st_size} bytes")
+        else:
+            os.ftruncate(fd, slot.size)
+            os.utime(fd, ns=(status.st_atime_ns, slot.mtime_ns))
+            os.fsync(fd)
+            self.recovered += 1
+        # Now, and not at the end: a file that is served must not be cut by the next mount.
+        for done in self._slots.pop(status.st_ino):
+            self._device.native.give_slot_back(done.number)
+
+    def _refuse(self, path: bytes, why: str) -> None:
+        self.refused.append(f"{os.fsdecode(path)}: {why}")
+        log.error("a file that was growing is left as it is: %s", self.refused[-1])
 
     def finish(self) -> None:
-        """After all files were found: the slots are free again."""
-        for slot in self._slots.values():
-            self._device.native.give_slot_back(slot.number)
+        """After all files were found: slots of files that are gone are free again."""
+        for slots in self._slots.values():
+            for slot in slots:
+                self._device.native.give_slot_back(slot.number)
 
 
 def _nonce_of(fd: int) -> int | None:
@@ -227,7 +254,7 @@ class Pool:
         try:
             file.grow(FIRST_BYTES)
         except OSError:
-            file.close()
+            self._drop(file)
             raise
         return file
 
@@ -242,7 +269,11 @@ async def start(files: OpenFiles, file: OpenFile) -> None:
     """Makes a plain file one that grows in persistent memory.  An error leaves it as it is."""
 
     def convert() -> None:
+        if file.native.growing is not None or file.node.stub is not None:
+            return  # while this waited at the gate
         status = os.fstat(file.native.data_fd)
+        if os.lseek(file.native.data_fd, 0, os.SEEK_HOLE) < status.st_size:
+            return  # preallocated, say: a store into a hole would need room
         slot = take_slot(file.device, file.native.data_fd, status.st_size, status.st_mtime_ns)
         try:
             file.native.start_growing(slot)
@@ -254,5 +285,6 @@ async def start(files: OpenFiles, file: OpenFile) -> None:
         async with files.used(file):
             if file.native.growing is None and file.node.stub is None:
                 await file.closed_gate(convert)
+                files.note_growing(file)
     except OSError as error:
         log.warning("%s does not grow in PMem: %s", os.fsdecode(file.node.path()), error.strerror)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import trio
 
-from pafkafs import _native, layout
+from pafkafs import _native, kafka, layout
 from pafkafs.attributes import Changes, apply_changes
 from pafkafs.device import Device, Home
 from pafkafs.files import LONG_FREE, OpenFile, OpenFiles
@@ -81,7 +81,6 @@ class Namespace(Tree):
         self._durable_names = durable_names
         self.pool: Pool | None = None  # of new segments in persistent memory
         self.segment_size_given = False  # else it is learned
-        self._newest: dict[Node, OpenFile] = {}  # the growing file of a partition directory
         self._privileged = os.geteuid() == 0
 
     # -- making -------------------------------------------------------------------------------
@@ -103,6 +102,9 @@ class Namespace(Tree):
             file = self._create_object(parent, name, mode, caller, device)
         device.files += 1
         self.nodes.add_name(file.node, parent, name)
+        if self.pool is not None and bulk:
+            self._seal_older(parent, name)
+            self.files.note_growing(file)
         handle = self.files.add_handle(file)
         try:
             await self.name_made(parent)
@@ -131,10 +133,21 @@ class Namespace(Tree):
             raise
         return self.files.attach_plain(node, self.home_device, fd, read_only=False)
 
+    def _seal_older(self, parent: Node, name: bytes) -> None:
+        """Older segments grow no more, and tell at what size Kafka rolls."""
+        if kafka.parse_file(os.fsdecode(name)).state is not kafka.FileState.CURRENT:
+            return  # the cleaner's
+        for file in self.files.growing_in(parent):
+            rolled_at, _ = file.native.growing or (0, 0)
+            native = self.home_device.native
+            if not self.segment_size_given:
+                native.segment_bytes = max(native.segment_bytes, rolled_at)
+            self.files.start_soon(self.files.seal, file)
+
     def _create_growing(
         self, parent: Node, name: bytes, mode: int, caller: Caller, pooled: _native.File
     ) -> OpenFile:
-        """From the pool; an older segment of the same directory grows no more."""
+        """From the pool."""
         assert self.pool is not None
         parent_fd = self.nodes.directory_fd(parent)
         try:
@@ -149,14 +162,6 @@ class Namespace(Tree):
         status = os.fstat(pooled.data_fd)
         node = self.nodes.obtain(status.st_ino, status, None, ino=pooled.ino)
         file = self.files.attach_growing(node, self.home_device, pooled)
-        older = self._newest.get(parent)
-        if older is not None and older.node.file is older:
-            if not self.segment_size_given and older.native.growing is not None:
-                rolled_at, _ = older.native.growing
-                native = self.home_device.native
-                native.segment_bytes = max(native.segment_bytes, rolled_at)
-            self.files.start_soon(self.files.seal, older)
-        self._newest[parent] = file
         return file
 
     def _create_object(
@@ -351,9 +356,6 @@ class Namespace(Tree):
     def file_closed(self, file: OpenFile) -> None:
         """The last handle of a file is gone: without a name its data goes too."""
         node = file.node
-        for parent, _ in node.names:
-            if self._newest.get(parent) is file:
-                del self._newest[parent]
         if node.gone is None:
             return
         if node.stub is not None:

@@ -66,6 +66,7 @@ class Spiller:
             file.devices_tried.add(here)
             if self.pool is not None and self.pool.device is file.device:
                 self.pool.drain()
+            await self._take_tails_back(file)
             if await self._room_came(file.device):
                 file.native.end_starving(0)
                 return
@@ -73,6 +74,14 @@ class Spiller:
             await self._spill(file)
         else:
             file.native.end_starving(errno.ENOSPC)
+
+    async def _take_tails_back(self, file: OpenFile) -> None:
+        """What other files have allocated ahead of their writers is room, too."""
+        for other in self._namespace.files.all_growing(file.device):
+            if file.device.room.free_bytes >= _WRITE_BYTES_MAX:
+                break
+            if other is not file:
+                await self._namespace.files.seal(other)
 
     async def _room_came(self, device: Device) -> bool:
         """Whether room came in time.  A drain that goes on frees some sooner or later."""
@@ -92,8 +101,12 @@ class Spiller:
 
         The gate stays closed over all attempts: who waits is told once, of the last.
         """
+        device = file.device
         await file.close_gate()
         try:
+            if file.device is not device:
+                file.native.end_starving(0)  # it was moved while this waited at the gate
+                return
             if not await self._move_anywhere(file):
                 file.native.end_starving(errno.ENOSPC)
         finally:

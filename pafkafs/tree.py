@@ -232,6 +232,7 @@ class Tree:
             apply_changes(f"/proc/self/fd/{node.file.native.attr_fd}", changes)
             if changes.mtime_ns is not None and node.file.native.growing is not None:
                 node.file.native.set_mtime(changes.mtime_ns)
+                node.file.mtime_set_ns = changes.mtime_ns
             return
         flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
         if node.is_directory:

@@ -118,4 +118,6 @@ def test_persistent_memory_without_fsdax_comes_with_its_commands(tmp_path: Path)
     assert raw.mode == "raw"
     assert "ndctl create-namespace -f -e namespace0.0 -m fsdax" in raw.commands
     assert fsdax.mode == "fsdax"
-    assert fsdax.commands.endswith("mkfs.ext4 /dev/pmem1 && mount -o dax=always /dev/pmem1 /pmem")
+    assert fsdax.commands.endswith(
+        "mkfs.ext4 -b 4096 /dev/pmem1 && mount -o dax=always /dev/pmem1 /pmem"
+    )

@@ -205,3 +205,80 @@ def test_without_pmem_what_grew_before_is_recovered_and_nothing_grows(mount: Mou
         os.write(fd, b"plain")
         assert home(mount, segment(mount, 1)).stat().st_size == 5
     assert mount.status()["pool"] is None
+
+
+def test_what_kafka_appended_in_the_tree_after_a_crash_is_kept(mount: Mount) -> None:
+    path = segment(mount)
+    create(mount, path)
+    mount.kill()
+    in_tree = home(mount, path)
+    os.truncate(in_tree, 5)  # Kafka's recovery cuts the zeros
+    with in_tree.open("ab") as file:
+        file.write(b"appended by a broker on the tree")
+    mount.start()
+    assert path.read_bytes() == b"firstappended by a broker on the tree"
+    assert any(path.name in problem["problem"] for problem in mount.status()["problems"])
+    mount.restart()
+    assert mount.status()["state"] == "healthy"
+    assert path.read_bytes() == b"firstappended by a broker on the tree"
+
+
+def used_bytes(mount: Mount) -> int:
+    used: int = mount.device("fast")["used_bytes"] - mount.status()["pool"]["bytes"]
+    return used
+
+
+def test_seal_gives_back_what_was_allocated_ahead(mount: Mount) -> None:
+    mount.stop()
+    mount.start("--fast-capacity", "64MiB", "--pool-ratio", "0.1")
+    before = used_bytes(mount)
+    for number in range(5):
+        os.close(create(mount, segment(mount, number)))
+    wait_until(lambda: used_bytes(mount) <= before + 5 * 4096, "the tails to be given back")
+    for path in segment(mount).parent.iterdir():
+        path.unlink()
+    wait_until(lambda: used_bytes(mount) == before, "the rest to be given back")
+
+
+def test_reopened_segment_is_sealed_when_a_newer_one_appears(mount: Mount) -> None:
+    path = segment(mount)
+    os.close(create(mount, path))
+    mount.restart()
+    with opened(path, os.O_RDWR | os.O_APPEND) as fd:
+        wait_until(
+            lambda: os.write(fd, b".") and home(mount, path).stat().st_size > MIB, "it to grow"
+        )
+        newer_fd = create(mount, segment(mount, 100))
+        size = path.stat().st_size
+        wait_until(lambda: home(mount, path).stat().st_size == size, "it to be sealed")
+        os.close(newer_fd)
+
+
+def test_cleaned_segment_does_not_seal_the_active_one(mount: Mount) -> None:
+    active = segment(mount, 100)
+    fd = create(mount, active)
+    cleaned = active.with_name(f"{0:020}.log.cleaned")
+    with opened(cleaned, os.O_RDWR | os.O_CREAT) as cleaned_fd:
+        os.write(cleaned_fd, b"cleaned")
+        os.fsync(cleaned_fd)
+        assert home(mount, active).stat().st_size > active.stat().st_size
+    os.close(fd)
+
+
+def test_preallocated_segment_does_not_take_its_room(mount: Mount) -> None:
+    path = segment(mount)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    os.ftruncate(fd, 64 * MIB)
+    os.write(fd, b"first")
+    os.fsync(fd)
+    os.write(fd, b"second")
+    mount.status()  # answered behind what the write has begun
+    assert home(mount, path).stat().st_blocks * 512 < MIB
+    os.close(fd)
+
+
+def test_power_durability_is_refused_where_stores_are_not_durable(mount: Mount) -> None:
+    mount.stop()
+    result = mount.mount("--durability", "power")
+    assert result.returncode == 1
+    assert "not on DAX" in result.stderr

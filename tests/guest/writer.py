@@ -56,6 +56,9 @@ def write_until_cut(seed: int) -> None:
         partition = choose.randrange(PARTITIONS)
         name, fd, size = active.get(partition, ("", -1, SEGMENT_BYTES))
         if size >= SEGMENT_BYTES:
+            if fd >= 0 and choose.random() < 0.2:
+                print(f"removing {name}", flush=True)
+                (MOUNTPOINT / name).unlink()  # while it grows
             if fd >= 0:
                 os.close(fd)
             directory = MOUNTPOINT / f"topic-{partition}"
