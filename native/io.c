@@ -320,6 +320,8 @@ static enum io_result write_growing(struct io *io, const struct fuse_write_in *a
 
 	if (!enter_change(io, &result))
 		return result;
+	if (arg->offset > pmem_size(io->b->pmem)) /* only plain files have holes */
+		return park_for(io, EVENT_SEAL);
 	int err = pmem_write(io->b->pmem, io->payload, arg->size, arg->offset);
 	if (err == -EAGAIN && io->r == NULL) {
 		file_leave(io->file);
@@ -336,8 +338,6 @@ static enum io_result write_growing(struct io *io, const struct fuse_write_in *a
 		return park_for(io, EVENT_SEAL);
 	if (err == 0) {
 		file_mark_changed(io->file, (int64_t)arg->offset, (int64_t)end);
-		grow_ahead_if_need_be(io, end);
-	}
 		grow_ahead_if_need_be(io, end);
 	}
 	file_leave(io->file);

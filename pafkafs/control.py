@@ -12,7 +12,8 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,16 @@ def _check_own(directory: Path) -> None:
         )
 
 
+@contextmanager
+def _short_name(path: Path) -> Iterator[str]:
+    """A name of the socket with room in a sockaddr_un, which ends at 107 bytes."""
+    fd = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/{path.name}"
+    finally:
+        os.close(fd)
+
+
 def listen(mountpoint: str) -> socket.socket:
     """Binds the control socket.  The devices' locks have already excluded another daemon."""
     _own_directory()
@@ -75,7 +86,8 @@ def listen(mountpoint: str) -> socket.socket:
     server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     before = os.umask(0o177)  # 0600 from its first moment
     try:
-        server.bind(str(path))
+        with _short_name(path) as name:
+            server.bind(name)
     finally:
         os.umask(before)
     server.listen(_CONNECTIONS_MAX)
@@ -145,7 +157,8 @@ def ask(mountpoint: str, command: str, **arguments: Any) -> Any:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         client.settimeout(TIMEOUT_S)
         try:
-            client.connect(str(path))
+            with _short_name(path) as name:
+                client.connect(name)
             client.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
             answer = _receive_line(client)
         except (FileNotFoundError, ConnectionRefusedError) as error:

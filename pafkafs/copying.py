@@ -126,12 +126,12 @@ def _with_own(act: Callable[..., T], *fds: int) -> Callable[[], T]:
 def _create(device: Device, stub: Stub) -> int:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     for left in reversed(range(_CREATE_TRIES)):
-        _native.make_dirs(device.objects_fd, stub.object)
         try:
+            _native.make_dirs(device.objects_fd, stub.object)
             return _native.open_beneath(device.objects_fd, stub.object, flags, 0o600)
-        except FileNotFoundError:
-            if not left:
-                raise
+        except FileNotFoundError as error:
+            if not left:  # not to be taken for the absence of the file
+                raise OSError(errno.EIO, "objects/ is missing on the device") from error
     raise AssertionError
 
 

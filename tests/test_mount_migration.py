@@ -1,0 +1,341 @@
+"""Segments on their way between the tiers, under open handles, mappings, writers and readers."""
+
+import fcntl
+import mmap
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import MakeMount
+from filetools import MIB, Background, is_spilled, opened
+from harness import Mount, run_pafkafs, tmpfs, wait_until
+
+# Nothing moves by itself.
+STILL = ("--threshold", "-1")
+
+
+@pytest.fixture(params=["plain", "growing"])
+def mount(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Mount]:
+    with tmpfs(tmp_path / "memory", "256m") as fast:
+        slow, mountpoint = tmp_path / "slow", tmp_path / "mnt"
+        slow.mkdir()
+        mountpoint.mkdir()
+        options = (*STILL, "--pmem", "on") if request.param == "growing" else STILL
+        mount = Mount(fast, slow, mountpoint, options, tmp_path / "pafkafs.log")
+        try:
+            yield mount.start()
+        finally:
+            mount.clean_up()
+        assert "Traceback" not in mount.log_text(), mount.log_text()
+
+
+def segment(mount: Mount, offset: int = 0, content: bytes = b"") -> Path:
+    """A sealed segment: a newer one is there."""
+    directory = mount.mountpoint / "topic-0"
+    directory.mkdir(exist_ok=True)
+    (directory / f"{10**12:020}.log").touch()
+    path = directory / f"{offset:020}.log"
+    path.write_bytes(content)
+    return path
+
+
+def migrate(tier: str, *paths: Path) -> None:
+    result = run_pafkafs("migrate", "--wait", "--to", tier, *map(str, paths))
+    assert result.returncode == 0, result.stderr
+
+
+def status_of(path: Path) -> tuple[int, ...]:
+    s = path.stat()
+    return (s.st_ino, s.st_size, s.st_mode, s.st_uid, s.st_gid, s.st_nlink, s.st_mtime_ns)
+
+
+def leaves_nothing_behind(mount: Mount) -> bool:
+    stubs = [path.readlink() for path in mount.tree.rglob("*") if path.is_symlink()]
+    shadows = set(os.listdir(mount.fast / "shadows"))
+    tmp = os.listdir(mount.fast / "tmp")
+    ids = {stub.name.rpartition(".")[2] for stub in stubs}
+    return sorted(mount.objects) == sorted(stubs) and shadows == ids and not tmp
+
+
+def test_file_is_the_same_after_a_way_down_and_up(mount: Mount) -> None:
+    content = os.urandom(20 * MIB + 12345)
+    path = segment(mount, content=content)
+    path.chmod(0o640)
+    os.utime(path, ns=(10**18, 10**18 + 7))
+    with path.open("r+b", buffering=0) as file:
+        mapping = mmap.mmap(file.fileno(), len(content))
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        before = status_of(path)
+        for tier in ("slow", "fast", "slow", "fast"):
+            migrate(tier, path)
+            assert is_spilled(mount, path) == (tier == "slow")
+            assert status_of(path) == before
+            assert path.read_bytes() == content
+            assert mapping[MIB : 2 * MIB] == content[MIB : 2 * MIB]
+            assert os.pread(file.fileno(), 100, 0) == content[:100]
+        mapping.close()
+    wait_until(lambda: leaves_nothing_behind(mount), "the copies to be removed")
+
+
+def test_size_and_times_of_the_object_are_those_of_the_file(mount: Mount) -> None:
+    path = segment(mount, content=os.urandom(MIB))
+    os.utime(path, ns=(10**18, 10**18 + 7))
+    path.chmod(0o604)
+    migrate("slow", path)
+    (object_,) = mount.objects
+
+    def alike() -> bool:
+        s = object_.stat()
+        return (s.st_size, s.st_mode & 0o777, s.st_mtime_ns) == (MIB, 0o604, 10**18 + 7)
+
+    wait_until(alike, "the attributes")
+
+
+@pytest.mark.parametrize("tier", ["slow", "fast"])
+def test_writes_and_truncations_during_the_copy_are_in_the_result(mount: Mount, tier: str) -> None:
+    path = segment(mount, content=os.urandom(24 * MIB))
+    if tier == "fast":
+        migrate("slow", path)
+    expected = bytearray(path.read_bytes())
+    stop = threading.Event()
+
+    def change() -> None:
+        with opened(path, os.O_RDWR) as fd:
+            while not stop.is_set():
+                at, data = int.from_bytes(os.urandom(3)) % len(expected), os.urandom(5000)
+                os.pwrite(fd, data, at)
+                expected[at : at + len(data)] = data
+                cut = len(expected) - 1000
+                os.ftruncate(fd, cut)
+                del expected[cut:]
+                os.lseek(fd, 0, os.SEEK_END)
+                tail = os.urandom(1500)
+                os.write(fd, tail)
+                expected.extend(tail)
+
+    writer = Background(change)
+    try:
+        # Random writes over the whole file may be faster than the copy: that is told.
+        for _ in range(20):
+            result = run_pafkafs("migrate", "--wait", "--to", tier, str(path))
+            if result.returncode == 0:
+                break
+            assert "faster than it can be copied" in result.stderr
+    finally:
+        stop.set()
+        writer.join()
+    migrate(tier, path)
+    assert path.read_bytes() == bytes(expected)
+    mount.restart()
+    assert path.read_bytes() == bytes(expected)
+
+
+def test_appends_go_on_while_the_file_moves_back_and_forth(mount: Mount) -> None:
+    path = segment(mount, content=os.urandom(8 * MIB))
+    expected = bytearray(path.read_bytes())
+    stop = threading.Event()
+
+    def append() -> None:
+        with opened(path, os.O_RDWR | os.O_APPEND) as fd:
+            while not stop.is_set() and len(expected) < 60 * MIB:
+                batch = os.urandom(16_000)
+                os.write(fd, batch)
+                expected.extend(batch)
+                assert os.fstat(fd).st_size == len(expected)
+                assert os.pread(fd, 1 << 20, len(expected) - 16_000) == batch
+
+    writer = Background(append)
+    for _ in range(3):
+        migrate("slow", path)
+        migrate("fast", path)
+    stop.set()
+    writer.join()
+    assert path.read_bytes() == bytes(expected)
+
+
+def test_removed_during_the_copy_leaves_nothing(mount: Mount) -> None:
+    mount.restart("--migrate-rate", "32MiB")
+    path = segment(mount, content=os.urandom(64 * MIB))
+    run_pafkafs("migrate", "--to", "slow", str(path))
+    wait_until(lambda: mount.status()["migration"]["running"], "the copy to begin")
+    path.unlink()
+    wait_until(lambda: not mount.status()["migration"]["running"], "the moves to end")
+    wait_until(lambda: leaves_nothing_behind(mount), "the copies to be removed")
+
+
+def test_renamed_with_its_directory_during_the_copy_arrives(mount: Mount) -> None:
+    mount.restart("--migrate-rate", "32MiB")
+    content = os.urandom(64 * MIB)
+    path = segment(mount, content=content)
+    command = Background(lambda: migrate("slow", path))
+    wait_until(lambda: mount.status()["migration"]["running"], "the copy to begin")
+    moved = path.parent.rename(path.parent.with_name("renamed-0"))
+    command.join()
+    assert is_spilled(mount, moved / path.name)
+    assert (moved / path.name).read_bytes() == content
+
+
+def test_daemon_killed_during_moves_leaves_one_intact_version(mount: Mount) -> None:
+    contents = {segment(mount, n, os.urandom(8 * MIB)): b"" for n in range(6)}
+    for path in contents:
+        contents[path] = path.read_bytes()
+        with opened(path, os.O_RDONLY) as fd:
+            os.fsync(fd)
+    for round_ in range(4):
+        tier = "slow" if round_ % 2 == 0 else "fast"
+        run_pafkafs("migrate", "--to", tier, *map(str, contents))
+        wait_until(lambda: mount.status()["migration"]["files"] >= 1, "the first to arrive")
+        mount.kill()
+        mount.start()
+        for path, content in contents.items():
+            assert path.read_bytes() == content
+    migrate("fast", *contents)
+    mount.restart()
+    for path, content in contents.items():
+        assert path.read_bytes() == content
+    wait_until(lambda: not os.listdir(mount.fast / "tmp"), "tmp/ to be empty")
+
+
+def test_file_with_two_names_is_not_moved(mount: Mount) -> None:
+    path = segment(mount, content=b"content")
+    os.link(path, path.with_name("other"))
+    result = run_pafkafs("migrate", "--wait", "--to", "slow", str(path))
+    assert result.returncode == 1
+    assert "several names" in result.stderr
+
+
+def test_active_segment_and_what_is_no_segment_are_not_moved(mount: Mount) -> None:
+    segment(mount)
+    active = mount.mountpoint / "topic-0" / f"{10**12:020}.log"
+    index = active.with_suffix(".index")
+    index.write_bytes(b"index")
+    metadata = mount.mountpoint / "__cluster_metadata-0"
+    metadata.mkdir()
+    log = metadata / f"{0:020}.log"
+    log.write_bytes(b"metadata")
+    for path, reason in ((active, "active"), (index, "only segments"), (log, "only segments")):
+        result = run_pafkafs("migrate", "--wait", "--to", "slow", str(path))
+        assert result.returncode == 1
+        assert reason in result.stderr
+
+
+def test_full_slow_tier_leaves_the_file_where_it_was(make_mount: MakeMount) -> None:
+    mount = make_mount(*STILL, "--slow-capacity", "4MiB")
+    mount.start()
+    path = segment(mount, content=os.urandom(8 * MIB))
+    result = run_pafkafs("migrate", "--wait", "--to", "slow", str(path))
+    assert result.returncode == 1
+    assert "no room" in result.stderr
+    assert not is_spilled(mount, path)
+
+
+def test_path_outside_a_mount_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    result = run_pafkafs("migrate", "--to", "slow", str(file))
+    assert result.returncode == 1
+    assert "not in a pafkafs mount" in result.stderr
+
+
+# -- by policy ----------------------------------------------------------------------------------
+
+
+def fast_share(mount: Mount) -> float:
+    device = mount.device("fast")
+    share: float = device["used_bytes"] / device["capacity_bytes"]
+    return share
+
+
+def write_segments(mount: Mount, count: int) -> dict[Path, bytes]:
+    contents = {}
+    for number in range(count):
+        content = os.urandom(4 * MIB)
+        contents[segment(mount, number, content)] = content
+        os.utime(segment_path(mount, number), ns=(10**18 + number, 10**18 + number))
+    return contents
+
+
+def segment_path(mount: Mount, number: int) -> Path:
+    return mount.mountpoint / "topic-0" / f"{number:020}.log"
+
+
+def test_oldest_sealed_segments_go_down_to_the_low_watermark(make_mount: MakeMount) -> None:
+    mount = make_mount("--fast-capacity", "64MiB", "--interval", "100ms", "--threshold", "0.5",
+                       "--low-watermark", "0.25")  # fmt: skip
+    mount.start()
+    run_pafkafs("pause", str(mount.mountpoint))
+    contents = write_segments(mount, 12)
+    assert not mount.objects
+    run_pafkafs("resume", str(mount.mountpoint))
+    wait_until(lambda: fast_share(mount) <= 0.25, "usage to fall")
+    wait_until(lambda: not mount.status()["migration"]["running"], "the last move")
+    down = [is_spilled(mount, path) for path in contents]
+    assert down == sorted(down, reverse=True)  # the oldest, without a gap
+    assert 7 <= sum(down) <= 9
+    for path, content in contents.items():
+        assert path.read_bytes() == content
+
+
+def test_segments_come_up_again_when_there_is_room(make_mount: MakeMount) -> None:
+    mount = make_mount("--fast-capacity", "64MiB", "--interval", "100ms", "--cool-down", "0s")
+    mount.start()
+    contents = write_segments(mount, 12)
+    wait_until(lambda: fast_share(mount) <= 0.4, "usage to fall")
+    for number in range(11, 5, -1):
+        segment_path(mount, number).unlink()
+        del contents[segment_path(mount, number)]
+    wait_until(lambda: not any(is_spilled(mount, p) for p in list(contents)[-3:]), "them to rise")
+    for path, content in contents.items():
+        assert path.read_bytes() == content
+
+
+def test_old_segments_go_down_though_there_is_room(make_mount: MakeMount) -> None:
+    mount = make_mount("--interval", "100ms", "--max-age", "1h")
+    mount.start()
+    old, young = segment(mount, 1, b"old"), segment(mount, 2, b"young")
+    os.utime(old, ns=(10**18, 10**18))
+    wait_until(lambda: is_spilled(mount, old), "the old one to go down")
+    assert not is_spilled(mount, young)
+
+
+def test_pinned_paths_stay(make_mount: MakeMount) -> None:
+    mount = make_mount("--interval", "100ms", "--max-age", "1h", "--pin", "topic-0/*1.log")
+    mount.start()
+    pinned, free = segment(mount, 1, b"pinned"), segment(mount, 2, b"free")
+    for path in (pinned, free):
+        os.utime(path, ns=(10**18, 10**18))
+    wait_until(lambda: is_spilled(mount, free), "the other one to go down")
+    assert not is_spilled(mount, pinned)
+
+
+def test_failing_slow_device_is_told_and_nothing_is_lost(make_mount: MakeMount) -> None:
+    mount = make_mount("--interval", "100ms", "--max-age", "1h")
+    mount.start()
+    shutil.rmtree(mount.slow / "objects")
+    path = segment(mount, 1, b"content")
+    os.utime(path, ns=(10**18, 10**18))
+    wait_until(lambda: mount.status()["migration"]["last_error"], "the error")
+    assert path.read_bytes() == b"content"
+    assert not is_spilled(mount, path)
+
+
+def test_contradictory_lines_are_refused(make_mount: MakeMount) -> None:
+    mount = make_mount("--threshold", "0.3", "--low-watermark", "0.6")
+    result = mount.mount()
+    assert result.returncode == 2
+    assert "low-watermark" in result.stderr
+
+
+def test_status_shows_what_moves(make_mount: MakeMount) -> None:
+    mount = make_mount(*STILL, "--migrate-rate", "8MiB")
+    mount.start()
+    path = segment(mount, content=os.urandom(64 * MIB))
+    run_pafkafs("migrate", "--to", "slow", str(path))
+    moving = wait_until(lambda: mount.status()["migration"]["running"], "the move")
+    assert moving[0]["path"] == str(path.relative_to(mount.mountpoint))
+    assert moving[0]["size_bytes"] == 64 * MIB
+    assert "moving topic-0" in run_pafkafs("status", str(mount.mountpoint)).stdout
+    path.unlink()
