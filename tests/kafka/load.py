@@ -15,7 +15,7 @@ _TICK_S = 0.02
 BACKLOG_MAX_S = 60
 
 
-class _Beside:
+class Beside:
     """A thread that calls `tick` until the block ends; its exception ends the block with it."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class _Beside:
             self._failure = failure
 
 
-class BackgroundLoad(_Beside):
+class BackgroundLoad(Beside):
     """Produces at a steady rate; afterwards the fate of every record is known."""
 
     def __init__(self, producer: CheckedProducer, records_per_s: int) -> None:
@@ -91,7 +91,7 @@ class BackgroundLoad(_Beside):
         self._producer.send(self._per_tick)
 
 
-class StallWatch(_Beside):
+class StallWatch(Beside):
     """Lists and stats the top of a directory all the time and keeps the longest it took."""
 
     def __init__(self, top: Path) -> None:

@@ -68,29 +68,29 @@ class MountedDirectory:
     """A pafkafs mount with little room on its fast tier, so that files spill."""
 
     def __init__(self, mount: Mount) -> None:
-        self._mount = mount
+        self.mount = mount
         self.path = mount.mountpoint
         self.home = mount.tree
 
     def attach(self) -> None:
-        self._mount.start()
+        self.mount.start()
 
     def detach(self) -> None:
-        self._mount.stop()
+        self.mount.stop()
         stubs = (path.readlink() for path in self.home.rglob("*") if path.is_symlink())
-        unreferenced = sorted(set(self._mount.objects) - set(stubs))
+        unreferenced = sorted(set(self.mount.objects) - set(stubs))
         assert not unreferenced, f"objects without a stub after a clean unmount: {unreferenced[:5]}"
 
     def discard(self) -> None:
-        self._mount.clean_up()
-        shutil.rmtree(self._mount.slow)
+        self.mount.clean_up()
+        shutil.rmtree(self.mount.slow)
 
     def used_bytes(self) -> int:
-        return allocated_bytes(self._mount.fast) + allocated_bytes(self._mount.slow)
+        return allocated_bytes(self.mount.fast) + allocated_bytes(self.mount.slow)
 
     def expect_both_tiers(self) -> None:
         for tier in ("fast", "slow"):
-            device = self._mount.device(tier)
+            device = self.mount.device(tier)
             assert device["files"] > 0, device
 
 
