@@ -6,6 +6,7 @@ everything else in the end; only after a failure its logs stay.
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -37,7 +38,7 @@ MEMORY_SIZE = "512M"
 MIB = 1 << 20
 
 PAFKAFS = str(Path(sys.executable).with_name("pafkafs"))
-STEPS = 9
+STEPS = 10
 END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -199,6 +200,11 @@ def run(layout: Layout, progress: Progress, signals: EndSignals, cleanup: ExitSt
         report = check_topic(broker.bootstrap, TOPIC, producer.ledger, payloads)
         expect_complete(report)
         said.append("all there, once and in order")
+    moving = "move all sealed segments to disk and back, consuming them meanwhile"
+    with progress.step(moving) as said:
+        report = consume_while_moving(layout, broker, producer, payloads, cleanup)
+        expect_complete(report)
+        said.append(f"{moved_files(layout)} moves, all records there again")
     with progress.step("look where the files are") as said:
         fast, slow = tier_files(layout)
         said.append(f"{fast} in memory, {slow} on disk")
@@ -247,6 +253,35 @@ def produce(broker: Broker, payloads: Payloads) -> CheckedProducer:
 def expect_complete(report: Report) -> None:
     if not report.intact or report.acked != RECORDS or report.unacked:
         raise DemoError(f"what was consumed is not what was produced: {report}")
+
+
+def consume_while_moving(
+    layout: Layout,
+    broker: Broker,
+    producer: CheckedProducer,
+    payloads: Payloads,
+    cleanup: ExitStack,
+) -> Report:
+    """Checks all records from the beginning while their segments move under the broker."""
+    directories = sorted(map(str, layout.mountpoint.glob(f"{TOPIC}-*")))
+    commands = [[PAFKAFS, "migrate", "--to", tier, *directories] for tier in ("slow", "fast")]
+    script = "; ".join(shlex.join(command) for command in commands)
+    with (layout.logs / "migrate.log").open("w") as log:
+        mover = subprocess.Popen(
+            ["sh", "-c", script], stdout=log, stderr=log, start_new_session=True
+        )
+    cleanup.callback(mover.wait)
+    report = check_topic(broker.bootstrap, TOPIC, producer.ledger, payloads)
+    if mover.wait() != 0:
+        raise DemoError((layout.logs / "migrate.log").read_text().strip())
+    return report
+
+
+def moved_files(layout: Layout) -> int:
+    """How many files have been moved since the mount."""
+    status: dict[str, Any] = json.loads(pafkafs("status", "--json", str(layout.mountpoint)))
+    moved: int = status["mounts"][0]["migration"]["files"]
+    return moved
 
 
 def tier_files(layout: Layout) -> tuple[int, int]:

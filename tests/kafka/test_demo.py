@@ -54,7 +54,7 @@ def test_demo_interrupted_while_producing_says_so_and_leaves_only_logs(
 ) -> None:
     assert demo.stdout is not None
     seen = b""
-    while b"[5/9] produce" not in seen:
+    while b"[5/10] produce" not in seen:
         more = os.read(demo.stdout.fileno(), 4096)
         assert more, demo.communicate()[1].decode()
         seen += more
