@@ -35,6 +35,7 @@ class OpenFile:
         "device",
         "devices_tried",
         "gate_open",
+        "moving",
         "mtime_set_ns",
         "native",
         "node",
@@ -50,6 +51,7 @@ class OpenFile:
         self.device = device
         self.read_only = read_only  # without privilege, of a file with mode 0400
         self.users = 0
+        self.moving = False  # a copy of it is under way
         self.mtime_set_ns: int | None = None  # by utimens, since a seal began
         self.starving_since = -math.inf
         self.devices_tried: set[str] = set()  # for room, since then

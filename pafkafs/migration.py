@@ -173,6 +173,12 @@ class Migrator:
         """Moves the file at a path below the mount; False when it is there already.  Raises
         OSError."""
         node = self._find(path)
+        try:
+            return await self._move_node(node, to_fast)
+        finally:
+            self._namespace.nodes.drop_if_unused(node)
+
+    async def _move_node(self, node: Node, to_fast: bool) -> bool:
         if node.is_directory:
             raise IsADirectoryError(errno.EISDIR, "a directory has no data to move")
         self._check_movable(node, to_fast)

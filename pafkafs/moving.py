@@ -94,11 +94,15 @@ class Mover:
         """
         if not self.may_move(file):
             raise OSError(errno.EMLINK, "a file with several names does not move")
+        if file.moving and not gate_closed:
+            raise OSError(errno.EBUSY, "it is being moved already")
         path = os.fsdecode(file.node.path())
         size = self._namespace.attributes(file.node).status.st_size
         source = os.fsdecode(file.device.path)
         move = Move(path, source, os.fsdecode(target.path), size, trio.current_time())
         self.running.append(move)
+        if not gate_closed:
+            file.moving = True
         try:
             async with self._namespace.files.used(file):
                 await self._move(file, target, move, gate_closed)
@@ -107,9 +111,12 @@ class Mover:
             raise
         finally:
             self.running.remove(move)
+            if not gate_closed:
+                file.moving = False
         self._count(move, files=1)
 
     async def _move(self, file: OpenFile, target: Device, move: Move, gate_closed: bool) -> None:
+        source = file.device
         stub = layout.make_stub(target.id, target.path, file.node.path())
         plain = target is self._home_device
         if plain:
@@ -122,6 +129,8 @@ class Mover:
                 await self._copy_live(file, copy, move)
                 await file.close_gate()
             try:
+                if file.device is not source:
+                    raise OSError(errno.EBUSY, "it had to be moved for lack of room meanwhile")
                 await self._cut_over(file, target, copy, None if plain else stub, move)
             finally:
                 if not gate_closed:

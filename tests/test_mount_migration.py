@@ -166,6 +166,17 @@ def test_removed_during_the_copy_leaves_nothing(mount: Mount) -> None:
     wait_until(lambda: leaves_nothing_behind(mount), "the copies to be removed")
 
 
+def test_second_request_for_a_file_that_moves_is_refused(mount: Mount) -> None:
+    mount.restart("--migrate-rate", "32MiB")
+    path = segment(mount, content=os.urandom(64 * MIB))
+    run_pafkafs("migrate", "--to", "slow", str(path))
+    wait_until(lambda: mount.status()["migration"]["running"], "the copy to begin")
+    second = run_pafkafs("migrate", "--wait", "--to", "slow", str(path))
+    assert second.returncode == 1
+    assert "being moved already" in second.stderr
+    wait_until(lambda: is_spilled(mount, path), "the first to arrive")
+
+
 def test_renamed_with_its_directory_during_the_copy_arrives(mount: Mount) -> None:
     mount.restart("--migrate-rate", "32MiB")
     content = os.urandom(64 * MIB)
