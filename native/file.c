@@ -175,7 +175,7 @@ struct file *file_open(struct front *f, uint64_t ino, struct backing *b)
 	file->ino = ino;
 	file->backing = b;
 	file->parked_tail = &file->parked;
-	file->changed_from = INT64_MAX;
+	file->changed_from = file->cut_to = INT64_MAX;
 	file->changed_to = -1;
 	file->nlink = 1;
 	file->changed_seq = b->entries_dirty && b->object != NULL ? 1 : 0;
@@ -500,15 +500,33 @@ void file_mark_changed(struct file *file, int64_t from, int64_t to)
 	pthread_mutex_unlock(&file->lock);
 }
 
-bool file_take_changes(struct file *file, int64_t *from, int64_t *to)
+void file_mark_truncated(struct file *file, int64_t size)
+{
+	file_mark_changed(file, size, size);
+	pthread_mutex_lock(&file->lock);
+	if (size < file->cut_to)
+		file->cut_to = size;
+	pthread_mutex_unlock(&file->lock);
+}
+
+bool file_take_changes(struct file *file, int64_t *from, int64_t *to, int64_t *cut)
 {
 	pthread_mutex_lock(&file->lock);
 	*from = file->changed_from;
 	*to = file->changed_to;
-	file->changed_from = INT64_MAX;
+	*cut = file->cut_to;
+	file->changed_from = file->cut_to = INT64_MAX;
 	file->changed_to = -1;
 	pthread_mutex_unlock(&file->lock);
 	return *from <= *to;
+}
+
+bool file_gate_is_open(struct file *file)
+{
+	pthread_mutex_lock(&file->lock);
+	bool open = !file->gate_closed;
+	pthread_mutex_unlock(&file->lock);
+	return open;
 }
 
 bool file_unsynced(struct file *file, uint64_t *seq)

@@ -60,6 +60,7 @@ struct file {
 	int64_t counted_bytes; /* what the device's used_bytes holds of it */
 	uint32_t nlink;    /* with a shadow: links of the stub */
 	int64_t changed_from, changed_to; /* since a copy has looked; from > to: nothing */
+	int64_t cut_to; /* smallest size since then; INT64_MAX */
 	uint64_t changed_seq; /* counts changes of the bytes or the size */
 	uint64_t synced_seq;  /* the last of them that an fsync covered */
 	uint32_t error_seq;
@@ -129,8 +130,13 @@ void file_end_growing(struct file *file);
 /* Bytes from..to, or the size, changed: fsync has something to do, and so has
  * who copies the file meanwhile. */
 void file_mark_changed(struct file *file, int64_t from, int64_t to);
-/* The range that has changed since the last call; false: none. */
-bool file_take_changes(struct file *file, int64_t *from, int64_t *to);
+/* The file was cut to size, or made longer up to there. */
+void file_mark_truncated(struct file *file, int64_t size);
+/* The range that has changed since the last call, and the smallest size that
+ * the file had meanwhile (INT64_MAX: it was not truncated): a copy has to be
+ * cut to that first.  False: nothing. */
+bool file_take_changes(struct file *file, int64_t *from, int64_t *to, int64_t *cut);
+bool file_gate_is_open(struct file *file);
 /* True when there is something to sync; *seq is for file_synced. */
 bool file_unsynced(struct file *file, uint64_t *seq);
 /* An fsync that began at seq has ended; error 0 or a positive errno, which

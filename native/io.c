@@ -483,7 +483,7 @@ static enum io_result fsync_(struct io *io)
 	uint64_t seq;
 
 	/* A clean file on a slow device: nothing there may be touched. */
-	if (must_defer(io) && !file_unsynced(io->file, &seq))
+	if (must_defer(io) && !file_unsynced(io->file, &seq) && file_gate_is_open(io->file))
 		return answer(io, file_handle_error(io->file, arg->fh), NULL, 0);
 	/* What was written there is durable, and so is the file since its first fsync. */
 	if (is_durable(io->b))
@@ -544,16 +544,16 @@ static int truncate_backing(struct file *file, struct backing *b, int64_t size)
 {
 	int err = object_open(file, b);
 
-	if (err == 0 && ftruncate(atomic_load(&b->data_fd), size) != 0)
-		err = -errno;
+	if (err < 0)
+		return err;
+	if (ftruncate(atomic_load(&b->data_fd), size) != 0)
+		return -errno;
+	file_mark_truncated(file, size);
+	file_settle(file, b, 0);
 	/* The object first: after a crash in between it wins. */
-	if (err == 0 && b->shadow_fd >= 0 && ftruncate(b->shadow_fd, size) != 0)
-		err = -errno;
-	if (err == 0) {
-		file_mark_changed(file, size, size);
-		file_settle(file, b, 0);
-	}
-	return err;
+	if (b->shadow_fd >= 0 && ftruncate(b->shadow_fd, size) != 0)
+		return -errno;
+	return 0;
 }
 
 /* Freeing more than this takes its time. */
@@ -796,6 +796,16 @@ static void copy_times(struct backing *b)
 
 	if (b->shadow_fd >= 0 && fd >= 0 && fstat(b->shadow_fd, &shadow) == 0)
 		(void)futimens(fd, (struct timespec[]){shadow.st_atim, shadow.st_mtim});
+}
+
+int io_sync_at_gate(struct file *file)
+{
+	struct backing *b = file_backing(file);
+	uint64_t seq;
+	int err = file_unsynced(file, &seq) ? sync_backing(file, b, false) : 0;
+
+	backing_unref(b);
+	return err;
 }
 
 int io_sync(struct file *file)

@@ -28,6 +28,8 @@ int io_truncate(struct file *file, int64_t size);
 /* What FSYNC does, without a handle, and for an object the times of its
  * shadow; 0, -EAGAIN while the gate is closed, or -errno.  May block. */
 int io_sync(struct file *file);
+/* fsync of what has changed, for who has closed the gate; 0 or -errno. */
+int io_sync_at_gate(struct file *file);
 
 /* Makes room in a growing file up to end; 0 or -errno.  May block. */
 int io_grow(struct file *file, uint64_t end);

@@ -234,6 +234,21 @@ static PyObject *sync_py(FileObject *self, PyObject *ignored)
 	return none_or_errno(err);
 }
 
+static PyObject *sync_at_gate_py(FileObject *self, PyObject *ignored)
+{
+	int err;
+
+	(void)ignored;
+	if (opened(self) == NULL)
+		return NULL;
+	struct file *file = file_ref(self->file);
+	Py_BEGIN_ALLOW_THREADS
+	err = io_sync_at_gate(file);
+	file_unref(file);
+	Py_END_ALLOW_THREADS
+	return none_or_errno(err);
+}
+
 static PyObject *open_data(FileObject *self, PyObject *ignored)
 {
 	int err;
@@ -253,14 +268,14 @@ static PyObject *open_data(FileObject *self, PyObject *ignored)
 
 static PyObject *take_changes(FileObject *self, PyObject *ignored)
 {
-	int64_t from, to;
+	int64_t from, to, cut;
 
 	(void)ignored;
 	if (opened(self) == NULL)
 		return NULL;
-	if (!file_take_changes(self->file, &from, &to))
+	if (!file_take_changes(self->file, &from, &to, &cut))
 		Py_RETURN_NONE;
-	return Py_BuildValue("(LL)", (long long)from, (long long)to);
+	return Py_BuildValue("(LLL)", (long long)from, (long long)to, (long long)cut);
 }
 
 static PyObject *mark_changed(FileObject *self, PyObject *ignored)
@@ -355,6 +370,7 @@ static PyMethodDef methods[] = {
 	{"truncate", (PyCFunction)truncate_py, METH_O, NULL},
 	{"sync", (PyCFunction)sync_py, METH_NOARGS, NULL},
 	{"open_data", (PyCFunction)open_data, METH_NOARGS, NULL},
+	{"sync_at_gate", (PyCFunction)sync_at_gate_py, METH_NOARGS, NULL},
 	{"take_changes", (PyCFunction)take_changes, METH_NOARGS, NULL},
 	{"mark_changed", (PyCFunction)mark_changed, METH_NOARGS, NULL},
 	{NULL, NULL, 0, NULL},

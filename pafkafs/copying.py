@@ -39,11 +39,15 @@ class Pace:
 
     async def wait(self, count: int) -> None:
         """Until count more bytes may be read."""
+        await trio.sleep(self.charge(count))
+
+    def charge(self, count: int) -> float:
+        """Counts bytes that are read without waiting; for how long others have to."""
         if self.bytes_per_s == 0:
-            return
+            return 0.0
         now = trio.current_time()
         self._free_at = max(now, self._free_at) + count / self.bytes_per_s
-        await trio.sleep(self._free_at - now)
+        return self._free_at - now
 
 
 class Copy:
@@ -69,15 +73,30 @@ class Copy:
             self.target.close_soon(self.fd)
 
     async def add(
-        self, data_fd: Callable[[], int], start: int, end: int, pace: Pace, *, again: bool
+        self,
+        data_fd: Callable[[], int],
+        start: int,
+        end: int,
+        pace: Pace,
+        *,
+        again: bool,
+        at_once: bool,
     ) -> None:
-        """Copies a range; again, over what was copied before.  Raises SourceError, or the OSError
-        of the target."""
+        """Copies a range; again, over what was copied before; at once, because others wait for it.
+        Raises SourceError, or the OSError of the target."""
         for at in range(start, end, _PIECE_BYTES):
             upto = min(at + _PIECE_BYTES, end)
-            await pace.wait(upto - at)
+            if at_once:
+                pace.charge(upto - at)
+            else:
+                await pace.wait(upto - at)
             piece = _copier(at, upto, keep_holes=not again)
             await self.target.run(_with_own(piece, data_fd(), self.fd), _PATIENCE_S)
+
+    async def cut(self, size: int) -> None:
+        """Forgets what was copied from size on."""
+        act = _with_own(lambda fd: os.ftruncate(fd, min(size, os.fstat(fd).st_size)), self.fd)
+        await self.target.run(act, _PATIENCE_S)
 
     async def sync(self) -> None:
         """Makes what was copied so far durable."""

@@ -100,6 +100,11 @@ class Device:
             return await trio.to_thread.run_sync(run, limiter=self.limiter, abandon_on_cancel=True)
         raise OSError(errno.ETIMEDOUT, "the device does not answer")
 
+    def reserve(self, count: int) -> None:
+        """Counts bytes as used before, or after, they are; where statvfs does not count them."""
+        if self.capacity_option != WHOLE_FILESYSTEM:
+            self.native.add_used(count)
+
     def close_soon(self, fd: int) -> None:
         """Closes a descriptor on the device, which may free blocks, in a thread of its own."""
         threading.Thread(target=os.close, args=(fd,), daemon=True).start()

@@ -89,11 +89,22 @@ class OpenFile:
     async def seal(self) -> None:
         """A file that grows in persistent memory is as any other when this returns."""
         if self.native.growing is not None:
-            self.mtime_set_ns = None
-            await self.closed_gate(self.native.seal)
-            if self.mtime_set_ns is not None:  # while the seal set that of the last write
-                status = os.fstat(self.native.data_fd)
-                os.utime(self.native.data_fd, ns=(status.st_atime_ns, self.mtime_set_ns))
+            await self.close_gate()
+            try:
+                await self.seal_at_gate()
+            finally:
+                self.open_gate()
+
+    async def seal_at_gate(self) -> None:
+        """The same for who has closed the gate."""
+        if self.native.growing is None:
+            return
+        self.mtime_set_ns = None
+        await self.device.run(self.native.seal)
+        self.native.switch_backing()
+        if self.mtime_set_ns is not None:  # while the seal set that of the last write
+            status = os.fstat(self.native.data_fd)
+            os.utime(self.native.data_fd, ns=(status.st_atime_ns, self.mtime_set_ns))
 
     async def truncate(self, size: int) -> None:
         """Sets the size; waits at the gate, and in a worker for a slow device."""

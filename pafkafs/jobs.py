@@ -4,6 +4,7 @@ A job is one file to be moved.  It is started by one request and asked about by 
 """
 
 import itertools
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ import trio
 from pafkafs.control import Commands
 from pafkafs.errors import PafkafsError
 from pafkafs.migration import Migrator
+
+log = logging.getLogger(__name__)
 
 _JOBS_MAX = 10_000
 _RUNNING_MAX = 4
@@ -55,7 +58,11 @@ class Jobs:
             raise PafkafsError("migrate needs a path below the mount, and 'to': fast or slow")
         parts = path.split("/")
         if not all(parts) or ".." in parts or "." in parts or "\0" in path:
-            raise PafkafsError(f"'{path}' is no path below the mount")
+            raise PafkafsError(f"'{path!r}' is no path below the mount")
+        try:
+            os.fsencode(path)
+        except ValueError:
+            raise PafkafsError(f"{path!r} is no path below the mount") from None
         waiting = sum(job.state == "waiting" for job in self._jobs.values())
         if waiting >= _JOBS_MAX // 2:
             raise PafkafsError(f"{waiting} moves are waiting already: try again later")
@@ -73,6 +80,9 @@ class Jobs:
                 moved = await self._migrator.move(os.fsencode(job.path), to_fast=job.to_fast)
             except OSError as error:
                 job.state, job.error = "failed", error.strerror or str(error)
+            except Exception:  # a bug, but no reason to end the mount
+                log.exception("a job failed")
+                job.state, job.error = "failed", "internal error; see the log"
             else:
                 job.state = "done" if moved else "there"
 

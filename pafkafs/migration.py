@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 
 # After a look that found nothing to do, or failed moves: grows up to the maximum.
 _REST_MIN_S = 5.0
+_REGULAR = stat.S_IFREG >> 12
+# A plan is made anew after so long: what it was made for may have changed.
+_PLAN_S = 30.0
 _REST_MAX_S = 300.0
 
 
@@ -75,8 +78,14 @@ class Migrator:
         """Looks every interval; never returns."""
         while True:
             await trio.sleep(self.options.interval_s)
-            if not self.paused and self._mode is Mode.TIERED and self._is_due():
+            if self.paused or self._mode is not Mode.TIERED or not self._is_due():
+                continue
+            try:
                 await self.cycle()
+            except Exception:  # a bug, but no reason to end the mount
+                log.exception("a cycle of migration failed")
+                self.last_error = "internal error; see the log"
+                self._rest()
 
     def usage(self) -> tuple[int, int]:
         """Bytes used, and there to be used, on the fast tier."""
@@ -91,7 +100,7 @@ class Migrator:
     def _is_due(self) -> bool:
         limits, (used, capacity) = self.options.limits, self.usage()
         now = time.monotonic()
-        if limits.max_age_s is not None and now >= self._next_age_look:
+        if limits.max_age_s is not None and now >= max(self._next_age_look, self._rest_until):
             return True
         if limits.threshold < 0 or capacity == 0:
             return False
@@ -132,19 +141,22 @@ class Migrator:
     def _note_next_age(self, segments: Sequence[Segment]) -> None:
         limits = self.options.limits
         if limits.max_age_s is not None:
-            ages = [s.age_s for s in segments if s.tier == 0 and not s.active and not s.pinned]
+            ages = [s.age_s for s in segments if s.tier == 0 and not s.pinned]
             wait = max(self.options.interval_s, limits.max_age_s - max(ages, default=0.0))
             self._next_age_look = time.monotonic() + wait
 
     async def _carry_out(self, decisions: Sequence[Decision]) -> bool:
         """Runs the moves, some at once; whether any succeeded."""
         left = deque(decisions)
-        moved = 0
+        moved, until = 0, time.monotonic() + _PLAN_S
 
         async def work() -> None:
             nonlocal moved
-            while left and not self.paused:
+            while left and not self.paused and time.monotonic() < until:
                 decision = left.popleft()
+                if decision.to_fast and not self._has_room_for(decision):
+                    left.clear()
+                    break
                 self.plan = tuple(left)
                 moved += await self._try(decision)
 
@@ -153,6 +165,10 @@ class Migrator:
                 nursery.start_soon(work)
         self.plan = ()
         return moved > 0
+
+    def _has_room_for(self, decision: Decision) -> bool:
+        used, capacity = self.usage()
+        return used + decision.segment.bytes <= self.options.limits.low_watermark * capacity
 
     async def _try(self, decision: Decision) -> bool:
         path = decision.segment.path
@@ -199,7 +215,10 @@ class Migrator:
         directory = parent.names[0][1] if parent.names else b""
         if not kafka.may_migrate(os.fsdecode(directory), os.fsdecode(name)):
             raise OSError(errno.EPERM, "only segments move")
-        if not to_fast and self._namespace.is_active_segment(node) and not self._emergency():
+        if node.refused or self._namespace.attributes(node).status.st_mode >> 12 != _REGULAR:
+            raise OSError(errno.EPERM, "only segments move")
+        emergency = not to_fast and self._emergency()
+        if self._namespace.is_active_segment(node) and not emergency:
             raise OSError(errno.EBUSY, "the active segment stays where it is")
 
     def _emergency(self) -> bool:

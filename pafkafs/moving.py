@@ -7,8 +7,8 @@ The order, which can be cut anywhere:
 3. close the gate: changes wait, reads go on
 4. copy what has changed since; size, attributes; fsync the copy, its directories, its shadow
 5. check that the name is still what it was; one rename puts the stub, or the copy, in its place
-6. point the open file at the copy; open the gate
-7. fsync the directory; only then remove what the file was
+6. point the open file at the copy; fsync the directory
+7. open the gate, and remove what the file was
 
 **Invariant:** until the rename the file is what it was, and afterwards the copy is durable.
 Whatever fails before the rename costs only garbage.
@@ -124,9 +124,13 @@ class Mover:
         else:
             self._namespace.files.object_made(stub.object_id)
             copy = await new_object(target, stub)
+        need = self._namespace.attributes(file.node).blocks * 512
+        target.reserve(need)
         try:
             if not gate_closed:
                 await self._copy_live(file, copy, move)
+            began = trio.current_time()
+            if not gate_closed:
                 await file.close_gate()
             try:
                 if file.device is not source:
@@ -135,6 +139,7 @@ class Mover:
             finally:
                 if not gate_closed:
                     file.open_gate()
+                move.cut_over_s = trio.current_time() - began
         except BaseException:
             # A cancellation may come when the copy is the file already.
             if copy.committed:
@@ -145,6 +150,7 @@ class Mover:
                 self._namespace.upkeep.remove(stub, counted=False)
             raise
         finally:
+            target.reserve(-need)
             copy.close()
 
     # -- copying ------------------------------------------------------------------------------
@@ -153,25 +159,50 @@ class Mover:
         """Copies while the file changes, until little is left to do."""
         file.native.take_changes()
         await self._open_data(file)
-        await self._add(file, copy, move, 0, self._size(file), again=False)
+        await self._add(file, copy, move, 0, self._size(file))
         for _ in range(_PASSES_MAX):
             await copy.sync()
             changes = file.native.take_changes()
             if changes is None:
                 return
-            start, end = changes
-            await self._add(file, copy, move, start, min(end, self._size(file)), again=True)
+            start, end, _ = changes
+            await self._add_changes(file, copy, move, changes, at_once=False)
             if end - start <= CUT_OVER_BYTES_MAX:
                 await copy.sync()
                 return
         raise TooFast
 
+    async def _add_changes(
+        self,
+        file: OpenFile,
+        copy: Copy,
+        move: Move,
+        changes: tuple[int, int, int],
+        *,
+        at_once: bool,
+    ) -> None:
+        start, end, cut = changes
+        if cut < end or cut < move.copied_bytes:
+            await copy.cut(cut)  # what comes behind it now is zeros until it is written
+        end = min(end, self._size(file))
+        await self._add(file, copy, move, start, end, again=True, at_once=at_once)
+
     async def _add(
-        self, file: OpenFile, copy: Copy, move: Move, start: int, end: int, *, again: bool
+        self,
+        file: OpenFile,
+        copy: Copy,
+        move: Move,
+        start: int,
+        end: int,
+        *,
+        again: bool = False,
+        at_once: bool = False,
     ) -> None:
         source = file.device
         try:
-            await copy.add(lambda: file.native.data_fd, start, end, self.pace, again=again)
+            await copy.add(
+                lambda: file.native.data_fd, start, end, self.pace, again=again, at_once=at_once
+            )
         except SourceError as error:
             source.failed(f"cannot read {move.path}: {error.strerror}")
             raise
@@ -184,8 +215,15 @@ class Mover:
         return self._namespace.attributes(file.node).status.st_size
 
     async def _open_data(self, file: OpenFile) -> None:
-        if file.native.data_fd < 0 and self._size(file) > 0:
+        """Also of an empty file: its first opening looks whether its object is longer."""
+        if file.native.data_fd >= 0:
+            return
+        try:
             await file.device.run(file.native.open_data)
+        except OSError as error:
+            never_made = self._size(file) == 0 and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if not never_made:
+                raise
 
     # -- the cut-over -------------------------------------------------------------------------
 
@@ -193,17 +231,16 @@ class Mover:
         self, file: OpenFile, target: Device, copy: Copy, stub: Stub | None, move: Move
     ) -> None:
         """With the gate closed."""
-        began = trio.current_time()
-        if file.native.growing is not None:
-            await file.device.run(file.native.seal)
-            file.native.switch_backing()
+        await file.seal_at_gate()
         await self._open_data(file)
+        if file.native.unsynced:
+            # An error that the source has not told yet must not be lost with it.
+            await file.device.run(file.native.sync_at_gate)
         status = os.fstat(file.native.attr_fd)
         if move.copied_bytes == 0:
-            await self._add(file, copy, move, 0, status.st_size, again=False)
+            await self._add(file, copy, move, 0, status.st_size, at_once=True)
         elif (changes := file.native.take_changes()) is not None:
-            start, end = changes[0], min(changes[1], status.st_size)
-            await self._add(file, copy, move, start, end, again=True)
+            await self._add_changes(file, copy, move, changes, at_once=True)
         try:
             allocated = await copy.finish(status)
         except OSError as error:
@@ -215,9 +252,10 @@ class Mover:
             self._commit_plain(file, copy)
         else:
             await self._commit_object(file, copy, stub)
-        target.native.add_used(allocated)
-        move.cut_over_s = trio.current_time() - began
+        target.reserve(allocated)
         durable = await self._sync_parent(file)
+        if not durable or not _alike(os.fstat(file.native.attr_fd), status):
+            file.native.mark_changed()  # the next fsync has something to do
         if old_stub is None:
             source.native.add_used(-counted)
         elif durable:
@@ -313,3 +351,9 @@ class Mover:
             t.failed + failed,
             max(t.cut_over_max_s, move.cut_over_s),
         )
+
+
+def _alike(a: os.stat_result, b: os.stat_result) -> bool:
+    """Whether nobody has set attributes meanwhile."""
+    keys = ("st_mode", "st_uid", "st_gid", "st_mtime_ns")
+    return all(getattr(a, key) == getattr(b, key) for key in keys)

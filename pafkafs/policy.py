@@ -165,7 +165,9 @@ def _promotions(
     found: list[Decision] = []
     for segment in sorted(segments, key=lambda s: (s.age_s, s.path)):
         too_old = limits.max_age_s is not None and segment.age_s > limits.max_age_s
-        if segment.tier == 0 or too_old or segment.moved_s < limits.cool_down_s:
+        if segment.tier == 0 or segment.active or too_old:
+            continue
+        if segment.moved_s < limits.cool_down_s:
             continue
         if used + segment.bytes > limits.low_watermark * capacity:
             break

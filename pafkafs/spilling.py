@@ -70,7 +70,9 @@ class Spiller:
             if await self._room_came(file.device):
                 file.native.end_starving(0)
                 return
-        if self._mover.may_move(file):
+        if file.device.id != here:
+            file.native.end_starving(0)  # it was moved while this waited
+        elif self._mover.may_move(file):
             await self._spill(file)
         else:
             file.native.end_starving(errno.ENOSPC)
