@@ -438,6 +438,20 @@ static bool is_durable(const struct backing *b)
 	return b->pmem != NULL && b->dev->map_sync && !b->entries_dirty;
 }
 
+static int sync_opened(struct backing *b, bool data_only)
+{
+	int fd = atomic_load(&b->data_fd);
+
+	if ((data_only ? fdatasync(fd) : fsync(fd)) != 0)
+		return -errno;
+	if (b->shadow_fd >= 0 && fsync(b->shadow_fd) != 0)
+		return -errno;
+	if (b->object != NULL)
+		return object_sync_entries(b);
+	b->entries_dirty = false;
+	return b->pmem != NULL && sizes_sync(b->dev->sizes) < 0 ? -EIO : 0;
+}
+
 static int sync_locked(struct file *file, struct backing *b, bool data_only)
 {
 	uint64_t seq;
@@ -448,20 +462,11 @@ static int sync_locked(struct file *file, struct backing *b, bool data_only)
 		return 0;
 	if (is_durable(b))
 		return 0;
+	/* A failure to open it is one as any other: who closes the file does not
+	 * try again, and the next one sees it. */
 	int err = object_open(file, b);
-	if (err < 0)
-		return err;
-	int fd = atomic_load(&b->data_fd);
-	if ((data_only ? fdatasync(fd) : fsync(fd)) != 0)
-		err = -errno;
-	else if (b->shadow_fd >= 0 && fsync(b->shadow_fd) != 0)
-		err = -errno;
-	else if (b->object != NULL)
-		err = object_sync_entries(b);
-	else
-		b->entries_dirty = false;
-	if (err == 0 && b->pmem != NULL && sizes_sync(b->dev->sizes) < 0)
-		err = -EIO;
+	if (err == 0)
+		err = sync_opened(b, data_only);
 	file_synced(file, seq, -err);
 	return err;
 }

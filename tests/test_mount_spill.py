@@ -731,3 +731,13 @@ def test_new_empty_file_on_a_slow_device_that_stands_still_keeps_the_time_that_i
     wait_until(lambda: len(spilling.mount.objects) == 2, "the object")
     segment.chmod(0o600)
     assert segment.stat().st_mtime_ns == 1_000_000_000
+
+
+def test_file_whose_object_cannot_be_made_is_not_synced_for_ever(make_mount: MakeMount) -> None:
+    mount = make_mount("--mode", "slow").start()
+    shutil.rmtree(mount.slow / "objects")
+    (mount.mountpoint / "file").touch()
+    wait_until(lambda: "fsync of file failed" in mount.log_text(), "the fsync at the last close")
+    for _ in range(20):
+        mount.status()
+    assert mount.log_text().count("fsync of file failed") == 1
