@@ -39,7 +39,8 @@ def home(mount: Mount, path: Path) -> Path:
 
 
 def create(mount: Mount, path: Path) -> int:
-    """A descriptor of a new segment that grows."""
+    """A descriptor of a new segment that grows: it is one of the pool's."""
+    wait_until(lambda: mount.status()["pool"]["files"] > 0, "the pool")
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     os.write(fd, b"first")
     wait_until(lambda: home(mount, path).stat().st_size > 5, f"{path.name} to grow")
