@@ -171,20 +171,25 @@ static PyObject *set_mtime_py(FileObject *self, PyObject *arg)
 	Py_RETURN_NONE;
 }
 
-static PyObject *seal_py(FileObject *self, PyObject *ignored)
+/* What takes no argument and may block. */
+static PyObject *without_gil(FileObject *self, int (*act)(struct file *))
 {
-	struct file *file = opened(self);
 	int err;
 
-	(void)ignored;
-	if (file == NULL)
+	if (opened(self) == NULL)
 		return NULL;
-	file_ref(file);
+	struct file *file = file_ref(self->file);
 	Py_BEGIN_ALLOW_THREADS
-	err = io_seal(file);
+	err = act(file);
 	file_unref(file);
 	Py_END_ALLOW_THREADS
 	return none_or_errno(err);
+}
+
+static PyObject *seal_py(FileObject *self, PyObject *ignored)
+{
+	(void)ignored;
+	return without_gil(self, io_seal);
 }
 
 /* (size, mtime in ns) of a file that grows in persistent memory, or None. */
@@ -221,49 +226,29 @@ static PyObject *truncate_py(FileObject *self, PyObject *arg)
 
 static PyObject *sync_py(FileObject *self, PyObject *ignored)
 {
-	int err;
-
 	(void)ignored;
-	if (opened(self) == NULL)
-		return NULL;
-	struct file *file = file_ref(self->file);
-	Py_BEGIN_ALLOW_THREADS
-	err = io_sync(file);
-	file_unref(file);
-	Py_END_ALLOW_THREADS
-	return none_or_errno(err);
+	return without_gil(self, io_sync);
 }
 
 static PyObject *sync_at_gate_py(FileObject *self, PyObject *ignored)
 {
-	int err;
-
 	(void)ignored;
-	if (opened(self) == NULL)
-		return NULL;
-	struct file *file = file_ref(self->file);
-	Py_BEGIN_ALLOW_THREADS
-	err = io_sync_at_gate(file);
-	file_unref(file);
-	Py_END_ALLOW_THREADS
-	return none_or_errno(err);
+	return without_gil(self, io_sync_at_gate);
+}
+
+static int open_object_data(struct file *file)
+{
+	struct backing *b = file_backing(file);
+	int err = b->shadow_fd >= 0 ? object_open(file, b) : 0;
+
+	backing_unref(b);
+	return err;
 }
 
 static PyObject *open_data(FileObject *self, PyObject *ignored)
 {
-	int err;
-
 	(void)ignored;
-	if (opened(self) == NULL)
-		return NULL;
-	struct file *file = file_ref(self->file);
-	Py_BEGIN_ALLOW_THREADS
-	struct backing *b = file_backing(file);
-	err = b->shadow_fd >= 0 ? object_open(file, b) : 0;
-	backing_unref(b);
-	file_unref(file);
-	Py_END_ALLOW_THREADS
-	return none_or_errno(err);
+	return without_gil(self, open_object_data);
 }
 
 static PyObject *take_changes(FileObject *self, PyObject *ignored)

@@ -76,32 +76,34 @@ class OpenFile:
         self.gate_open.set()
         self.gate_open = None
 
-    async def closed_gate(self, act: Callable[[], None]) -> None:
-        """Runs what replaces the backing in a thread of the device, with the gate closed."""
+    @asynccontextmanager
+    async def closed_gate(self) -> AsyncIterator[None]:
+        """Closes the gate for the block."""
         await self.close_gate()
         try:
-            await self.device.run(act)
-            # Here, and not in the thread: others use descriptors of the old one between awaits.
-            self.native.switch_backing()
+            yield
         finally:
             self.open_gate()
+
+    async def replace_at_gate(self, act: Callable[[], None]) -> None:
+        """Runs what prepares another backing in a thread of the device.  For who has closed the
+        gate."""
+        await self.device.run(act)
+        # Here, and not in the thread: others use descriptors of the old one between awaits.
+        self.native.switch_backing()
 
     async def seal(self) -> None:
         """A file that grows in persistent memory is as any other when this returns."""
         if self.native.growing is not None:
-            await self.close_gate()
-            try:
+            async with self.closed_gate():
                 await self.seal_at_gate()
-            finally:
-                self.open_gate()
 
     async def seal_at_gate(self) -> None:
         """The same for who has closed the gate."""
         if self.native.growing is None:
             return
         self.mtime_set_ns = None
-        await self.device.run(self.native.seal)
-        self.native.switch_backing()
+        await self.replace_at_gate(self.native.seal)
         if self.mtime_set_ns is not None:  # while the seal set that of the last write
             status = os.fstat(self.native.data_fd)
             os.utime(self.native.data_fd, ns=(status.st_atime_ns, self.mtime_set_ns))
@@ -240,15 +242,13 @@ class OpenFiles:
 
     def open_data_soon(self, file: OpenFile) -> None:
         """Has the object of a new file made before anybody writes to it."""
-        file.users += 1
-        self._nursery.start_soon(self._open_data, file)
+        self.start_soon(self._open_data, file)
 
     async def _open_data(self, file: OpenFile) -> None:
         try:
             await file.device.run(file.native.open_data)
         except OSError as error:
             file.device.failed(f"cannot create an object: {error.strerror}")
-        self._end_use(file)
 
     def add_handle(self, file: OpenFile) -> int:
         """A new handle of the file, as the kernel gets to know it."""
@@ -284,8 +284,7 @@ class OpenFiles:
             return
         if file.node.names:
             if file.node.stub is not None and file.native.unsynced:
-                file.users += 1
-                self._nursery.start_soon(self._sync_and_close, file)
+                self.start_soon(self._sync, file)
                 return
             if file.native.growing is not None:
                 file.users += 1
@@ -314,12 +313,11 @@ class OpenFiles:
         except OSError as error:
             file.device.failed(f"cannot seal {os.fsdecode(file.node.path())}: {error.strerror}")
 
-    async def _sync_and_close(self, file: OpenFile) -> None:
+    async def _sync(self, file: OpenFile) -> None:
         try:
             await file.sync()
         except OSError as error:
             log.error("fsync of %s failed: %s", os.fsdecode(file.node.path()), error.strerror)
-        self._end_use(file)
 
 
 def open_data(name: bytes, dir_fd: int) -> tuple[int, bool]:

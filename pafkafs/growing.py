@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import trio
 
@@ -44,6 +44,7 @@ def open_sizes(device: Device) -> None:
     device.native.open_sizes(device.fd, SLOTS, device.kind == "dax")
 
 
+@cache
 def persist_method() -> str:
     """What makes a store durable on this machine, as libpmem finds it."""
     if _native.caches_survive():
@@ -284,7 +285,8 @@ async def start(files: OpenFiles, file: OpenFile) -> None:
     try:
         async with files.used(file):
             if file.native.growing is None and file.node.stub is None:
-                await file.closed_gate(convert)
+                async with file.closed_gate():
+                    await file.replace_at_gate(convert)
                 files.note_growing(file)
     except OSError as error:
         log.warning("%s does not grow in PMem: %s", os.fsdecode(file.node.path()), error.strerror)

@@ -161,8 +161,7 @@ class Namespace(Tree):
             raise
         status = os.fstat(pooled.data_fd)
         node = self.nodes.obtain(status.st_ino, status, None, ino=pooled.ino)
-        file = self.files.attach_growing(node, self.home_device, pooled)
-        return file
+        return self.files.attach_growing(node, self.home_device, pooled)
 
     def _create_object(
         self, parent: Node, name: bytes, mode: int, caller: Caller, device: Device

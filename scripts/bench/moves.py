@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from appends import tmpfs
 
 PAFKAFS = str(Path(sys.executable).with_name("pafkafs"))
 MIB = 1 << 20
@@ -74,15 +75,6 @@ def main() -> None:
         fast = tempfile.TemporaryDirectory(dir=asked.fast) if asked.fast else None
         home = tmpfs(stack) if fast is None else Path(stack.enter_context(fast))
         report(*measure(stack, home, slow, asked.mib, asked.repeats), asked.mib)
-
-
-def tmpfs(stack: ExitStack) -> Path:
-    """A tmpfs with huge pages, for the run."""
-    path = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    options = "size=6g,huge=within_size"
-    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)], check=True)
-    stack.callback(subprocess.run, ["umount", str(path)], check=True)
-    return path
 
 
 def measure(
