@@ -9,6 +9,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "latency.h"
 #include "sizes.h"
 #include "workers.h"
 
@@ -20,6 +21,7 @@ struct device {
 	bool power;       /* a WRITE is durable before it is answered */
 	_Atomic int64_t used_bytes;
 	_Atomic int64_t limit_bytes; /* data is admitted up to here */
+	struct latency latency; /* of requests for files that are here */
 	struct workers *workers;
 	struct sizes *sizes; /* of files that grow in persistent memory; or NULL */
 	bool map_sync;       /* DAX: a mapping needs no msync */

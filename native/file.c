@@ -352,12 +352,15 @@ bool file_close_gate(struct file *file)
 
 void file_repoint(struct file *file, struct backing *b)
 {
-	int64_t now = allocated_bytes(atomic_load(&b->data_fd));
+	file_repoint_counted(file, b, allocated_bytes(atomic_load(&b->data_fd)));
+}
 
+void file_repoint_counted(struct file *file, struct backing *b, int64_t allocated)
+{
 	pthread_mutex_lock(&file->lock);
 	struct backing *old = file->backing;
 	file->backing = b;
-	file->counted_bytes = now;
+	file->counted_bytes = allocated;
 	file->told_written = false;
 	file->synced_seq = file->changed_seq; /* the copy was fsynced */
 	pthread_mutex_unlock(&file->lock);
@@ -442,13 +445,16 @@ void file_end_starving(struct file *file, int error)
 void file_settle(struct file *file, struct backing *b, int64_t reserved)
 {
 	/* Not under the lock, which GETATTR takes: a network disk may hang in it.
-	 * When two overtake each other here, the next one puts it right. */
-	int64_t now = allocated_bytes(atomic_load(&b->data_fd));
+	 * Of two that overtake each other the one that looked last knows of both. */
+	uint64_t look = atomic_fetch_add(&file->looks, 1) + 1;
+	int64_t now = allocated_bytes(atomic_load(&b->data_fd)), delta = 0;
 
 	pthread_mutex_lock(&file->lock);
-	int64_t delta = b == file->backing ? now - file->counted_bytes : 0;
-	if (b == file->backing)
+	if (b == file->backing && look > file->look_counted) {
+		delta = now - file->counted_bytes;
 		file->counted_bytes = now;
+		file->look_counted = look;
+	}
 	pthread_mutex_unlock(&file->lock);
 	device_release(b->dev, reserved - delta);
 }
@@ -462,6 +468,32 @@ void file_count(struct file *file, struct backing *b)
 	if (b == file->backing)
 		file->counted_bytes = now;
 	pthread_mutex_unlock(&file->lock);
+}
+
+enum { NS_PER_S = 1000000000 };
+
+void file_note_read(struct file *file, uint64_t bytes, uint64_t now_ns)
+{
+	struct read_rate *rate = &file->read_rate;
+	uint64_t now = now_ns / NS_PER_S;
+	uint64_t second = atomic_load_explicit(&rate->second, memory_order_relaxed);
+
+	if (second < now && atomic_compare_exchange_strong(&rate->second, &second, now)) {
+		uint64_t before = atomic_exchange(&rate->bytes, 0);
+		atomic_store(&rate->bytes_before, second + 1 == now ? before : 0);
+	}
+	atomic_fetch_add_explicit(&rate->bytes, bytes, memory_order_relaxed);
+}
+
+uint64_t file_read_rate(struct file *file, uint64_t now_ns)
+{
+	struct read_rate *rate = &file->read_rate;
+	uint64_t second = atomic_load(&rate->second), bytes = atomic_load(&rate->bytes);
+	uint64_t before = atomic_load(&rate->bytes_before), now = now_ns / NS_PER_S;
+
+	if (second + 1 < now)
+		return 0;
+	return second == now && before > bytes ? before : bytes;
 }
 
 bool file_first_write(struct file *file)

@@ -33,7 +33,8 @@ struct backing {
 	_Atomic int data_fd; /* -1: an object that no I/O has opened yet */
 	struct pmem *pmem;   /* it grows in persistent memory; else NULL */
 	bool create;        /* the object may not exist yet */
-	bool entries_dirty; /* its directory entries were not fsynced */
+	/* Its directory entries, or attributes of a growing file, were not fsynced. */
+	_Atomic bool entries_dirty;
 };
 
 struct handle {
@@ -42,11 +43,23 @@ struct handle {
 	uint32_t error_seq_seen;
 };
 
+/* What was read of a file in the second that runs, and in the one before it.
+ * Relaxed: a read at the turn of a second may count for either. */
+struct read_rate {
+	_Atomic uint64_t second;
+	_Atomic uint64_t bytes, bytes_before;
+};
+
 struct file {
 	_Atomic int refs;
 	struct file *bucket_next;
 	struct front *front;
 	uint64_t ino;
+	struct read_rate read_rate;
+	/* How often the mode was set; and one more than that was when neither setuid
+	 * nor setgid was seen, 0 when that is not known. */
+	_Atomic uint32_t mode_changes, no_suid_at;
+	_Atomic uint64_t looks; /* at what it has allocated, after a change */
 
 	pthread_mutex_t lock; /* all below */
 	struct backing *backing;
@@ -58,6 +71,7 @@ struct file {
 	unsigned changes;  /* WRITE, FALLOCATE, truncate, FSYNC under way */
 	struct request *parked, **parked_tail;
 	int64_t counted_bytes; /* what the device's used_bytes holds of it */
+	uint64_t look_counted; /* the one of `looks` that found so much */
 	uint32_t nlink;    /* with a shadow: links of the stub */
 	int64_t changed_from, changed_to; /* since a copy has looked; from > to: nothing */
 	int64_t cut_to; /* smallest size since then; INT64_MAX */
@@ -105,6 +119,8 @@ void file_leave_for(struct file *file, struct request *r, enum event_kind event)
 bool file_close_gate(struct file *file);
 /* Only with the gate closed and quiet; takes the backing over. */
 void file_repoint(struct file *file, struct backing *b);
+/* The same without asking the device, which may hang, what b has allocated. */
+void file_repoint_counted(struct file *file, struct backing *b, int64_t allocated);
 /* As file_repoint, in two steps: what takes its time, and what must not happen
  * while others use the descriptors of the old backing. */
 void file_prepare(struct file *file, struct backing *b);
@@ -120,6 +136,11 @@ void file_settle(struct file *file, struct backing *b, int64_t reserved);
 
 /* The backing was opened just now: what it has allocated counts already. */
 void file_count(struct file *file, struct backing *b);
+
+/* Bytes were read through the daemon; not those that the page cache had. */
+void file_note_read(struct file *file, uint64_t bytes, uint64_t now_ns);
+/* Bytes a second, of this second or the last, whichever had more. */
+uint64_t file_read_rate(struct file *file, uint64_t now_ns);
 
 /* True the first time. */
 bool file_first_write(struct file *file);

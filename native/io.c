@@ -11,6 +11,7 @@
 
 #include "object.h"
 #include "request.h"
+#include "sys.h"
 
 /* How long the kernel may keep attributes: the daemon is the only writer and
  * invalidates what it changes by itself. */
@@ -27,6 +28,7 @@ struct io {
 	const char *payload;
 	char *scratch;
 	struct backing *b;
+	uint64_t began_ns;
 };
 
 /* An operation answers its request, passes it on, or leaves it to the session. */
@@ -36,8 +38,15 @@ enum io_result {
 	IO_DECLINED, /* for the session after all */
 };
 
+/* Before the answer: who asks afterwards finds it counted. */
+static void count(struct io *io)
+{
+	latency_add(&io->b->dev->latency, io->in->opcode, monotonic_ns() - io->began_ns);
+}
+
 static enum io_result answer(struct io *io, int error, const void *data, size_t len)
 {
+	count(io);
 	if (io->r != NULL)
 		request_reply(io->r, error, data, len);
 	else
@@ -52,8 +61,10 @@ static bool detach(struct io *io)
 {
 	if (io->r == NULL) {
 		io->r = request_new(io->f, io->file, io->in);
-		if (io->r != NULL)
+		if (io->r != NULL) {
+			io->r->began_ns = io->began_ns;
 			io->r->job.run = run_job;
+		}
 	}
 	return io->r != NULL;
 }
@@ -135,6 +146,7 @@ static enum io_result read_(struct io *io)
 	}
 	if (io->b->dev->sizes != NULL)
 		done = still_visible(io, arg->offset, done);
+	file_note_read(io->file, done, io->began_ns);
 	return answer(io, 0, io->scratch, done);
 }
 
@@ -161,15 +173,57 @@ static int write_all(int fd, const char *data, size_t len, off_t offset, bool du
 	return 0;
 }
 
+/* setuid and setgid go before the first byte changes.  The kernel sees to that by a SETATTR, but
+ * for a write that bypasses its cache: there it only says so. */
+static int drop_privileges(struct file *file, struct backing *b, const struct fuse_write_in *arg)
+{
+	int fds[] = {backing_attr_fd(b), atomic_load(&b->data_fd)};
+	struct stat st;
+
+	/* That is said of each write of a broker that is not root. */
+	uint32_t changes = atomic_load(&file->mode_changes);
+
+	if (!(arg->write_flags & FUSE_WRITE_KILL_SUIDGID) ||
+	    atomic_load(&file->no_suid_at) == changes + 1)
+		return 0;
+	if (fstat(fds[0], &st) != 0)
+		return -errno;
+	mode_t mode = st.st_mode & (mode_t)~S_ISUID;
+	if (mode & S_IXGRP)
+		mode &= (mode_t)~S_ISGID;
+	if (mode == st.st_mode) {
+		atomic_store(&file->no_suid_at, changes + 1);
+		return 0;
+	}
+	for (unsigned i = 0; i < (b->shadow_fd >= 0 ? 2 : 1); i++)
+		if (fchmod(fds[i], mode & 07777) != 0)
+			return -errno;
+	return 0;
+}
+
+static bool is_full(int err)
+{
+	return err == -ENOSPC || err == -EDQUOT;
+}
+
+/* Who waits for room and tries again would be told success by the next sync,
+ * whatever the first one has lost. */
+static int sync_failed(int error)
+{
+	return is_full(-error) ? -EIO : -error;
+}
+
 /* Writes to the backing and, in power mode, makes it durable. */
 static int write_backing(struct io *io, const struct fuse_write_in *arg)
 {
 	struct backing *b = io->b;
 	off_t offset = (off_t)arg->offset;
 	bool grew = false;
-	int err = write_all(atomic_load(&b->data_fd), io->payload, arg->size, offset,
-			    b->dev->power);
+	int err = drop_privileges(io->file, b, arg);
 
+	if (err < 0)
+		return err;
+	err = write_all(atomic_load(&b->data_fd), io->payload, arg->size, offset, b->dev->power);
 	file_mark_changed(io->file, offset, offset + arg->size);
 	if (err < 0 || b->shadow_fd < 0)
 		return err;
@@ -177,13 +231,9 @@ static int write_backing(struct io *io, const struct fuse_write_in *arg)
 	if (err < 0 || !b->dev->power)
 		return err;
 	if (grew && fdatasync(b->shadow_fd) != 0)
-		return -errno;
-	return object_sync_entries(b);
-}
-
-static bool is_full(int err)
-{
-	return err == -ENOSPC || err == -EDQUOT;
+		return sync_failed(errno);
+	err = object_sync_entries(b);
+	return err < 0 ? sync_failed(-err) : 0;
 }
 
 static enum io_result park_for(struct io *io, enum event_kind event)
@@ -235,8 +285,6 @@ static bool enter_change(struct io *io, enum io_result *result)
 
 /* So much at a time: as much again as it has, within bounds. */
 enum { GROW_MIN = 2 << 20, GROW_MAX = 32 << 20 };
-/* A segment that has less left than this will not be rolled before it grows. */
-enum { BATCH_BYTES = 16 << 10 };
 
 static uint64_t growth(const struct pmem *p)
 {
@@ -281,9 +329,11 @@ static void run_grow_ahead(struct job *job, char *scratch)
 	(void)scratch;
 	if (file_enter(g->file, NULL)) {
 		struct backing *b = file_backing(g->file);
-		if (b->pmem != NULL)
-			/* Without room the writer will find out. */
-			(void)grow(g->file, b, growth_end(b));
+		int err = b->pmem != NULL ? grow(g->file, b, growth_end(b)) : 0;
+		/* Without room the writer will find out.  EIO may be the error of an
+		 * fdatasync, which the kernel tells once: so do we. */
+		if (err == -EIO)
+			file_synced(g->file, 0, -err);
 		backing_unref(b);
 		file_leave(g->file);
 	}
@@ -292,15 +342,15 @@ static void run_grow_ahead(struct job *job, char *scratch)
 	free(g);
 }
 
-/* The writer shall not wait for it: half of what was added last is left. */
+/* The writer shall not wait for it: half of what was added last is left.  One
+ * that has all it is expected to need rolls, or waits once. */
 static void grow_ahead_if_need_be(struct io *io, uint64_t end)
 {
 	struct pmem *p = io->b->pmem;
 	uint64_t capacity = pmem_capacity(p);
 	uint64_t segment = atomic_load(&io->b->dev->segment_bytes);
-	bool whole = capacity == segment && end + BATCH_BYTES <= capacity;
 
-	if (whole || end + growth(p) / 2 < capacity || io->b->dev->workers == NULL ||
+	if (capacity == segment || end + growth(p) / 2 < capacity || io->b->dev->workers == NULL ||
 	    !file_begin_growing(io->file))
 		return;
 	struct grow_ahead *g = malloc(sizeof(*g));
@@ -322,7 +372,9 @@ static enum io_result write_growing(struct io *io, const struct fuse_write_in *a
 		return result;
 	if (arg->offset > pmem_size(io->b->pmem)) /* only plain files have holes */
 		return park_for(io, EVENT_SEAL);
-	int err = pmem_write(io->b->pmem, io->payload, arg->size, arg->offset);
+	int err = drop_privileges(io->file, io->b, arg);
+	if (err == 0)
+		err = pmem_write(io->b->pmem, io->payload, arg->size, arg->offset);
 	if (err == -EAGAIN && io->r == NULL) {
 		file_leave(io->file);
 		return to_worker(io);
@@ -360,17 +412,19 @@ int io_grow(struct file *file, uint64_t end)
 int io_start_growing(struct file *file, unsigned number)
 {
 	struct backing *b = file_backing(file), *growing = NULL;
-	int err = -EINVAL;
+	int fd = fcntl(atomic_load(&b->data_fd), F_DUPFD_CLOEXEC, 0);
+	int err = fd < 0 ? -errno : 0;
 
-	if (b->pmem == NULL && b->shadow_fd < 0 && b->dev->sizes != NULL) {
-		int fd = fcntl(atomic_load(&b->data_fd), F_DUPFD_CLOEXEC, 0);
-		struct pmem *p = fd < 0 ? NULL
-					: pmem_open(fd, b->dev->sizes, number, b->dev->map_sync);
-		if (p != NULL)
-			growing = backing_growing(b->dev, fd, p);
-		err = growing != NULL ? 0 : -errno;
-		if (p == NULL && fd >= 0)
-			close(fd);
+	if (err < 0)
+		sizes_give_back(b->dev->sizes, number);
+	struct pmem *p = err < 0 ? NULL : pmem_open(fd, b->dev->sizes, number, b->dev->map_sync);
+	if (err == 0 && p == NULL) {
+		err = -errno;
+		close(fd);
+	}
+	if (p != NULL) {
+		growing = backing_growing(b->dev, fd, p);
+		err = growing == NULL ? -errno : 0;
 	}
 	if (growing != NULL)
 		file_prepare(file, growing);
@@ -442,13 +496,16 @@ static int sync_opened(struct backing *b, bool data_only)
 {
 	int fd = atomic_load(&b->data_fd);
 
-	if ((data_only ? fdatasync(fd) : fsync(fd)) != 0)
+	if (b->object == NULL)
+		b->entries_dirty = false; /* before: what changes meanwhile is not covered */
+	if ((data_only ? fdatasync(fd) : fsync(fd)) != 0) {
+		b->entries_dirty = true;
 		return -errno;
+	}
 	if (b->shadow_fd >= 0 && fsync(b->shadow_fd) != 0)
 		return -errno;
 	if (b->object != NULL)
 		return object_sync_entries(b);
-	b->entries_dirty = false;
 	return b->pmem != NULL && sizes_sync(b->dev->sizes) < 0 ? -EIO : 0;
 }
 
@@ -502,6 +559,7 @@ static enum io_result fsync_(struct io *io)
 	/* Who was killed while it hung has seen no error: the next one shall. */
 	if (io->r != NULL && !request_claim(io->r))
 		return IO_DONE;
+	count(io);
 	int unseen = file_handle_error(io->file, arg->fh);
 	front_reply(io->f, io->in->unique, unseen != 0 ? unseen : -err, NULL, 0);
 	return IO_DONE;
@@ -551,12 +609,12 @@ static int truncate_backing(struct file *file, struct backing *b, int64_t size)
 
 	if (err < 0)
 		return err;
-	if (ftruncate(atomic_load(&b->data_fd), size) != 0)
+	if (sys_truncate(atomic_load(&b->data_fd), size) != 0)
 		return -errno;
 	file_mark_truncated(file, size);
 	file_settle(file, b, 0);
 	/* The object first: after a crash in between it wins. */
-	if (b->shadow_fd >= 0 && ftruncate(b->shadow_fd, size) != 0)
+	if (b->shadow_fd >= 0 && sys_truncate(b->shadow_fd, size) != 0)
 		return -errno;
 	return 0;
 }
@@ -745,7 +803,8 @@ static enum io_result run(struct io *io)
 static void run_job(struct job *job, char *scratch)
 {
 	struct request *r = (struct request *)job;
-	struct io io = {.f = r->front, .file = r->file, .r = r, .in = r->in, .scratch = scratch};
+	struct io io = {.f = r->front, .file = r->file, .r = r, .in = r->in,
+			.scratch = scratch, .began_ns = r->began_ns};
 
 	r->for_room = false;
 	if (!request_begin(r) || run(&io) == IO_DONE)
@@ -759,7 +818,8 @@ bool io_dispatch(struct front *f, const struct fuse_in_header *in, char *scratch
 	struct file *file = file_find(f, in->nodeid);
 	if (file == NULL)
 		return false;
-	struct io io = {.f = f, .file = file, .in = in, .scratch = scratch};
+	struct io io = {.f = f, .file = file, .in = in, .scratch = scratch,
+			.began_ns = monotonic_ns()};
 	enum io_result result = run(&io);
 	if (result == IO_DONE && io.r != NULL)
 		request_free(io.r);

@@ -55,7 +55,8 @@ PyMODINIT_FUNC PyInit__native(void)
 	    PyModule_AddIntConstant(m, "EVENT_READY", EVENT_READY) != 0 ||
 	    PyModule_AddIntConstant(m, "EVENT_ENDED", EVENT_ENDED) != 0 ||
 	    PyModule_AddIntConstant(m, "EVENT_SEAL", EVENT_SEAL) != 0 ||
-	    PyModule_AddIntConstant(m, "EVENT_WRITTEN", EVENT_WRITTEN) != 0) {
+	    PyModule_AddIntConstant(m, "EVENT_WRITTEN", EVENT_WRITTEN) != 0 ||
+	    PyModule_AddStringConstant(m, "NONCE_ATTRIBUTE", NONCE_ATTRIBUTE) != 0) {
 		Py_DECREF(m);
 		return NULL;
 	}

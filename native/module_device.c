@@ -121,6 +121,39 @@ static PyObject *get_queued(DeviceObject *self, void *closure)
 		self->dev->workers == NULL ? 0 : workers_queued(self->dev->workers));
 }
 
+static PyObject *counts_of(struct latency *l, unsigned operation)
+{
+	PyObject *counts = PyTuple_New(LATENCY_BUCKETS);
+
+	for (unsigned i = 0; counts != NULL && i < LATENCY_BUCKETS; i++) {
+		unsigned long long n = atomic_load(&l->of[operation].count[i]);
+		PyObject *item = PyLong_FromUnsignedLongLong(n);
+		if (item == NULL || PyTuple_SetItem(counts, (Py_ssize_t)i, item) != 0)
+			Py_CLEAR(counts);
+	}
+	return counts;
+}
+
+static PyObject *device_latencies(DeviceObject *self, PyObject *ignored)
+{
+	PyObject *list = PyList_New(0);
+	struct latency *l = &self->dev->latency;
+
+	(void)ignored;
+	for (unsigned i = 0; list != NULL && i < LATENCY_OPERATIONS; i++) {
+		PyObject *counts = counts_of(l, i);
+		PyObject *item = counts == NULL ? NULL
+						: Py_BuildValue("(sKN)", latency_name(i),
+								(unsigned long long)atomic_load(
+									&l->of[i].sum_ns),
+								counts);
+		if (item == NULL || PyList_Append(list, item) != 0)
+			Py_CLEAR(list);
+		Py_XDECREF(item);
+	}
+	return list;
+}
+
 static PyObject *device_open_sizes(DeviceObject *self, PyObject *args)
 {
 	int dir_fd, sync;
@@ -153,20 +186,35 @@ static PyObject *device_slots(DeviceObject *self, PyObject *ignored)
 
 	(void)ignored;
 	for (unsigned i = 1; list != NULL && i < s->count; i++) {
-		const struct slot *slot = &s->slots[i];
-		unsigned long long nonce = atomic_load(&slot->nonce);
-		if (nonce == 0)
+		struct slot_values slot;
+		int err = sizes_load(s, i, &slot);
+		if (err < 0) {
+			Py_DECREF(list);
+			return none_or_errno(err);
+		}
+		if (slot.nonce == 0)
 			continue;
 		PyObject *item = Py_BuildValue(
-			"(IKKKKK)", i, nonce, (unsigned long long)atomic_load(&slot->ino),
-			(unsigned long long)atomic_load(&slot->size),
-			(unsigned long long)atomic_load(&slot->mtime_ns),
-			(unsigned long long)atomic_load(&slot->grown));
+			"(IKKKKKK)", i, (unsigned long long)slot.nonce,
+			(unsigned long long)slot.ino, (unsigned long long)slot.size,
+			(unsigned long long)slot.mtime_ns, (unsigned long long)slot.grown,
+			(unsigned long long)slot.settled);
 		if (item == NULL || PyList_Append(list, item) != 0)
 			Py_CLEAR(list);
 		Py_XDECREF(item);
 	}
 	return list;
+}
+
+/* (in use, there are); (0, 0) where no file grows. */
+static PyObject *get_slot_counts(DeviceObject *self, void *closure)
+{
+	const struct sizes *s = self->dev->sizes;
+
+	(void)closure;
+	if (s == NULL)
+		return Py_BuildValue("(II)", 0u, 0u);
+	return Py_BuildValue("(II)", atomic_load(&s->used), s->count - 1);
 }
 
 static PyObject *device_take_slot(DeviceObject *self, PyObject *args)
@@ -197,6 +245,7 @@ static PyMethodDef methods[] = {
 	{"slots", (PyCFunction)device_slots, METH_NOARGS, NULL},
 	{"take_slot", (PyCFunction)device_take_slot, METH_VARARGS, NULL},
 	{"give_slot_back", (PyCFunction)device_give_slot_back, METH_O, NULL},
+	{"latencies", (PyCFunction)device_latencies, METH_NOARGS, NULL},
 	{"stop", (PyCFunction)device_stop_py, METH_NOARGS, NULL},
 	{"add_used", (PyCFunction)device_add_used, METH_O, NULL},
 	{NULL, NULL, 0, NULL},
@@ -208,6 +257,7 @@ static PyGetSetDef members[] = {
 	{"segment_bytes", (getter)get_segment, (setter)set_segment, NULL, NULL},
 	{"stuck_ns", (getter)get_stuck, NULL, NULL, NULL},
 	{"queued", (getter)get_queued, NULL, NULL, NULL},
+	{"slot_counts", (getter)get_slot_counts, NULL, NULL, NULL},
 	{NULL, NULL, NULL, NULL, NULL},
 };
 

@@ -84,14 +84,6 @@ static PyObject *end_starving(FileObject *self, PyObject *arg)
 	Py_RETURN_NONE;
 }
 
-static PyObject *repoint(FileObject *self, struct backing *b)
-{
-	if (b == NULL)
-		return PyErr_SetFromErrno(PyExc_OSError);
-	file_repoint(self->file, b);
-	Py_RETURN_NONE;
-}
-
 static PyObject *repoint_plain(FileObject *self, PyObject *args)
 {
 	DeviceObject *device;
@@ -100,7 +92,11 @@ static PyObject *repoint_plain(FileObject *self, PyObject *args)
 	if (opened(self) == NULL ||
 	    !PyArg_ParseTuple(args, "O!i", native_state()->device_type, &device, &data_fd))
 		return NULL;
-	return repoint(self, backing_plain(device->dev, data_fd));
+	struct backing *b = backing_plain(device->dev, data_fd);
+	if (b == NULL)
+		return PyErr_SetFromErrno(PyExc_OSError);
+	file_repoint(self->file, b);
+	Py_RETURN_NONE;
 }
 
 static PyObject *repoint_object(FileObject *self, PyObject *args)
@@ -108,13 +104,17 @@ static PyObject *repoint_object(FileObject *self, PyObject *args)
 	DeviceObject *device;
 	const char *object;
 	int shadow_fd, data_fd;
+	long long allocated;
 
 	if (opened(self) == NULL ||
-	    !PyArg_ParseTuple(args, "O!iiy", native_state()->device_type, &device, &shadow_fd,
-			      &data_fd, &object))
+	    !PyArg_ParseTuple(args, "O!iiyL", native_state()->device_type, &device, &shadow_fd,
+			      &data_fd, &object, &allocated))
 		return NULL;
-	return repoint(self,
-		       backing_object(device->dev, shadow_fd, data_fd, object, false, true));
+	struct backing *b = backing_object(device->dev, shadow_fd, data_fd, object, false, true);
+	if (b == NULL)
+		return PyErr_SetFromErrno(PyExc_OSError);
+	file_repoint_counted(self->file, b, allocated);
+	Py_RETURN_NONE;
 }
 
 static PyObject *grow_py(FileObject *self, PyObject *arg)
@@ -165,10 +165,9 @@ static PyObject *set_mtime_py(FileObject *self, PyObject *arg)
 	if (opened(self) == NULL || PyErr_Occurred())
 		return NULL;
 	struct backing *b = file_backing(self->file);
-	if (b->pmem != NULL)
-		pmem_set_mtime(b->pmem, mtime_ns);
+	int err = b->pmem != NULL ? pmem_set_mtime(b->pmem, mtime_ns) : 0;
 	backing_unref(b);
-	Py_RETURN_NONE;
+	return none_or_errno(err);
 }
 
 /* What takes no argument and may block. */
@@ -263,12 +262,25 @@ static PyObject *take_changes(FileObject *self, PyObject *ignored)
 	return Py_BuildValue("(LLL)", (long long)from, (long long)to, (long long)cut);
 }
 
+static PyObject *mode_changed(FileObject *self, PyObject *ignored)
+{
+	(void)ignored;
+	if (opened(self) == NULL)
+		return NULL;
+	atomic_fetch_add(&self->file->mode_changes, 1);
+	Py_RETURN_NONE;
+}
+
 static PyObject *mark_changed(FileObject *self, PyObject *ignored)
 {
 	(void)ignored;
 	if (opened(self) == NULL)
 		return NULL;
 	file_mark_changed(self->file, INT64_MAX, -1); /* attributes, no bytes */
+	struct backing *b = file_backing(self->file);
+	if (b->pmem != NULL)
+		b->entries_dirty = true;
+	backing_unref(b);
 	Py_RETURN_NONE;
 }
 
@@ -303,6 +315,29 @@ static PyObject *get_counted(FileObject *self, void *closure)
 	int64_t bytes = self->file->counted_bytes;
 	pthread_mutex_unlock(&self->file->lock);
 	return PyLong_FromLongLong(bytes);
+}
+
+static PyObject *get_read_rate(FileObject *self, void *closure)
+{
+	(void)closure;
+	if (opened(self) == NULL)
+		return NULL;
+	return PyLong_FromUnsignedLongLong(file_read_rate(self->file, monotonic_ns()));
+}
+
+/* What it has allocated beyond its logical size; 0 of what does not grow. */
+static PyObject *get_ahead(FileObject *self, void *closure)
+{
+	int64_t bytes = 0;
+
+	(void)closure;
+	if (opened(self) == NULL)
+		return NULL;
+	pthread_mutex_lock(&self->file->lock);
+	if (self->file->backing->pmem != NULL)
+		bytes = self->file->counted_bytes - (int64_t)pmem_size(self->file->backing->pmem);
+	pthread_mutex_unlock(&self->file->lock);
+	return PyLong_FromLongLong(bytes > 0 ? bytes : 0);
 }
 
 static PyObject *get_error_unseen(FileObject *self, void *closure)
@@ -358,6 +393,7 @@ static PyMethodDef methods[] = {
 	{"sync_at_gate", (PyCFunction)sync_at_gate_py, METH_NOARGS, NULL},
 	{"take_changes", (PyCFunction)take_changes, METH_NOARGS, NULL},
 	{"mark_changed", (PyCFunction)mark_changed, METH_NOARGS, NULL},
+	{"mode_changed", (PyCFunction)mode_changed, METH_NOARGS, NULL},
 	{NULL, NULL, 0, NULL},
 };
 
@@ -366,6 +402,8 @@ static PyGetSetDef members[] = {
 	{"attr_fd", (getter)get_attr_fd, NULL, NULL, NULL},
 	{"data_fd", (getter)get_data_fd, NULL, NULL, NULL},
 	{"counted_bytes", (getter)get_counted, NULL, NULL, NULL},
+	{"read_bytes_per_s", (getter)get_read_rate, NULL, NULL, NULL},
+	{"ahead_bytes", (getter)get_ahead, NULL, NULL, NULL},
 	{"growing", (getter)get_growing, NULL, NULL, NULL},
 	{"error_unseen", (getter)get_error_unseen, NULL, NULL, NULL},
 	{"unsynced", (getter)get_unsynced, NULL, NULL, NULL},

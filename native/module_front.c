@@ -109,25 +109,25 @@ static PyObject *open_plain(FrontObject *self, PyObject *args)
 	return wrap_file(self, ino, backing_plain(device->dev, data_fd));
 }
 
+/* Takes the descriptor and the slot over, on failure too. */
 static PyObject *open_growing(FrontObject *self, PyObject *args)
 {
 	unsigned long long ino;
 	DeviceObject *device;
-	struct pmem *p = NULL;
 	unsigned number;
 	int data_fd;
 
 	if (!PyArg_ParseTuple(args, "KO!iI", &ino, native_state()->device_type, &device, &data_fd,
 			      &number))
 		return NULL;
-	struct sizes *sizes = device->dev->sizes;
-	if (sizes == NULL || number == 0 || number >= sizes->count)
-		errno = EINVAL;
-	else
-		p = pmem_open(data_fd, sizes, number, device->dev->map_sync);
-	if (p == NULL)
-		return PyErr_SetFromErrno(PyExc_OSError); /* data_fd is still the caller's */
-	return wrap_file(self, ino, backing_growing(device->dev, data_fd, p));
+	struct device *dev = device->dev;
+	struct pmem *p = pmem_open(data_fd, dev->sizes, number, dev->map_sync);
+	if (p == NULL) {
+		int err = -errno;
+		close(data_fd);
+		return none_or_errno(err);
+	}
+	return wrap_file(self, ino, backing_growing(dev, data_fd, p));
 }
 
 static PyObject *open_object(FrontObject *self, PyObject *args)

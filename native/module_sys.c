@@ -8,9 +8,9 @@
 #include <sys/prctl.h>
 #include <unistd.h>
 
+#include "copy.h"
 #include "object.h"
 #include "persist.h"
-#include "pmem.h"
 #include "sys.h"
 
 static PyObject *py_open_beneath(PyObject *self, PyObject *args)
@@ -57,18 +57,29 @@ static PyObject *py_rename(PyObject *self, PyObject *args)
 	return none_or_errno(renameat2(from_dir, from, to_dir, to, flags) == 0 ? 0 : -errno);
 }
 
+/* The errno with which the source could not be read, or 0; what the target
+ * refuses is an OSError. */
 static PyObject *py_copy_data(PyObject *self, PyObject *args)
 {
-	int from_fd, to_fd, keep_holes, err;
+	struct copy_request request;
+	int keep_holes, urgent, err;
 	long long offset, end;
+	bool at_source;
 
 	(void)self;
-	if (!PyArg_ParseTuple(args, "iiLLp", &from_fd, &to_fd, &offset, &end, &keep_holes))
+	if (!PyArg_ParseTuple(args, "iiLLpp", &request.from_fd, &request.to_fd, &offset, &end,
+			      &keep_holes, &urgent))
 		return NULL;
+	request.offset = offset;
+	request.end = end;
+	request.keep_holes = keep_holes;
+	request.urgent = urgent;
 	Py_BEGIN_ALLOW_THREADS
-	err = sys_copy_data(from_fd, to_fd, offset, end, keep_holes);
+	err = copy_data(&request, &at_source);
 	Py_END_ALLOW_THREADS
-	return none_or_errno(err);
+	if (at_source)
+		return PyLong_FromLong(-err);
+	return err < 0 ? none_or_errno(err) : PyLong_FromLong(0);
 }
 
 static PyObject *py_is_dax(PyObject *self, PyObject *args)
@@ -133,13 +144,6 @@ static PyObject *py_set_io_flusher(PyObject *self, PyObject *ignored)
 	return none_or_errno(prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) == 0 ? 0 : -errno);
 }
 
-static PyObject *py_catch_media_errors(PyObject *self, PyObject *ignored)
-{
-	(void)self;
-	(void)ignored;
-	return none_or_errno(pmem_catch_media_errors());
-}
-
 static PyObject *py_caches_survive(PyObject *self, PyObject *ignored)
 {
 	(void)self;
@@ -153,7 +157,6 @@ PyMethodDef syscall_methods[] = {
 	{"rename", py_rename, METH_VARARGS, NULL},
 	{"copy_data", py_copy_data, METH_VARARGS, NULL},
 	{"syncfs", py_syncfs, METH_VARARGS, NULL},
-	{"catch_media_errors", py_catch_media_errors, METH_NOARGS, NULL},
 	{"caches_survive", py_caches_survive, METH_NOARGS, NULL},
 	{"is_dax", py_is_dax, METH_VARARGS, NULL},
 	{"mount", py_mount, METH_VARARGS, NULL},

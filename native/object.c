@@ -28,7 +28,7 @@ static int reconcile(struct file *file, struct backing *b, int data_fd)
 	if (object.st_size == shadow.st_size)
 		return 0;
 	struct timespec times[2] = {object.st_atim, object.st_mtim};
-	if (ftruncate(b->shadow_fd, object.st_size) != 0 || futimens(b->shadow_fd, times) != 0)
+	if (sys_truncate(b->shadow_fd, object.st_size) != 0 || futimens(b->shadow_fd, times) != 0)
 		return -errno;
 	events_put(file->front->events, EVENT_RECONCILED, file->ino, 0);
 	return 0;
@@ -39,7 +39,11 @@ static int descend(int dir, const char *name)
 {
 	if (mkdirat(dir, name, OBJECT_DIR_MODE) != 0 && errno != EEXIST)
 		return -errno;
-	int fd = openat(dir, name, O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+	int fd;
+
+	do
+		fd = openat(dir, name, O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+	while (fd < 0 && errno == EINTR);
 	return fd < 0 ? -errno : fd;
 }
 
@@ -150,7 +154,7 @@ int object_touch_shadow(struct file *file, struct backing *b, int64_t end, bool 
 	if (fstat(b->shadow_fd, &shadow) != 0)
 		err = -errno;
 	else if (end > shadow.st_size)
-		err = ftruncate(b->shadow_fd, end) == 0 ? 0 : -errno;
+		err = sys_truncate(b->shadow_fd, end) == 0 ? 0 : -errno;
 	else if (futimens(b->shadow_fd, now) != 0)
 		err = -errno;
 	if (err == 0)

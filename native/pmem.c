@@ -1,19 +1,21 @@
 #define _GNU_SOURCE
 #include "pmem.h"
 
+#include <endian.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
-#include <setjmp.h>
-#include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/xattr.h>
 #include <time.h>
 #include <unistd.h>
 
+#include "media.h"
 #include "persist.h"
+#include "sys.h"
 
 /* Address space, not memory: the mapping grows in place, so that no writer
  * ever holds an address that has moved.  Kafka's segments end at 2 GiB. */
@@ -27,8 +29,10 @@ struct pmem {
 	bool sync;
 	struct sizes *sizes;
 	unsigned number;
+	uint64_t nonce;
 	bool sealed;
-	struct slot *slot;
+	bool tied;   /* the xattr has the nonce */
+	bool longer; /* the file may be longer than its size */
 	char *window;
 	pthread_mutex_t write_lock;
 	pthread_mutex_t grow_lock;
@@ -37,50 +41,6 @@ struct pmem {
 	_Atomic uint64_t size;
 	_Atomic uint64_t mtime_ns;
 };
-
-/* -- media errors ------------------------------------------------------------- */
-
-static _Thread_local sigjmp_buf *copying;
-static struct sigaction before;
-
-static void on_bus_error(int signal, siginfo_t *info, void *context)
-{
-	if (copying != NULL)
-		siglongjmp(*copying, 1);
-	if (before.sa_flags & SA_SIGINFO && before.sa_sigaction != NULL) {
-		before.sa_sigaction(signal, info, context);
-		return;
-	}
-	if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN) {
-		before.sa_handler(signal);
-		return;
-	}
-	struct sigaction fatal = {.sa_handler = SIG_DFL};
-	sigaction(SIGBUS, &fatal, NULL); /* the store is repeated, and kills */
-}
-
-int pmem_catch_media_errors(void)
-{
-	struct sigaction action = {.sa_sigaction = on_bus_error,
-				   .sa_flags = SA_SIGINFO | SA_NODEFER};
-
-	return sigaction(SIGBUS, &action, &before) == 0 ? 0 : -errno;
-}
-
-static int copy_caught(char *to, const void *from, size_t len)
-{
-	sigjmp_buf back;
-
-	if (sigsetjmp(back, 0) != 0) {
-		copying = NULL;
-		return -EIO;
-	}
-	copying = &back;
-	persist_copy(to, from, len);
-	persist_drain();
-	copying = NULL;
-	return 0;
-}
 
 /* -- growing ------------------------------------------------------------------ */
 
@@ -125,13 +85,29 @@ static void populate(struct pmem *p, uint64_t to)
 		(void)madvise(p->window + from, to - from, MADV_POPULATE_WRITE);
 }
 
+/* After a seal that failed half way the nonce may be gone. */
+static int tie(struct pmem *p)
+{
+	uint64_t nonce = htole64(p->nonce);
+
+	if (!p->tied && fsetxattr(p->fd, NONCE_ATTRIBUTE, &nonce, sizeof(nonce), 0) != 0)
+		return -errno;
+	p->tied = true;
+	return 0;
+}
+
 /* In one piece, so that huge pages can map it; and written zeros. */
 static int lengthen(struct pmem *p, uint64_t length, uint64_t end)
 {
 	/* Before the file is longer: recovery leaves a file alone whose length
 	 * is none that we gave it. */
-	persist_store(&p->slot->grown, end);
-	persist_drain();
+	int err = sizes_store_grown(p->sizes, p->number, end, length);
+
+	if (err == 0)
+		err = tie(p);
+	if (err < 0)
+		return err;
+	p->longer = true;
 	if (fallocate(p->fd, 0, (off_t)length, (off_t)(end - length)) != 0)
 		return -errno;
 	return write_zeros(p->fd, length, end);
@@ -142,6 +118,8 @@ static int grow_locked(struct pmem *p, uint64_t end)
 	uint64_t capacity = atomic_load(&p->capacity);
 	struct stat st;
 
+	if (p->sealed)
+		return -ESTALE;
 	end = page_down(end + 4095);
 	if (end <= capacity)
 		return 0;
@@ -149,13 +127,18 @@ static int grow_locked(struct pmem *p, uint64_t end)
 		return -EFBIG;
 	if (fstat(p->fd, &st) != 0)
 		return -errno;
-	int err = (uint64_t)st.st_size < end ? lengthen(p, (uint64_t)st.st_size, end) : 0;
+	bool longer = (uint64_t)st.st_size < end;
+	int err = longer ? lengthen(p, (uint64_t)st.st_size, end) : 0;
 	if (err < 0)
 		return err;
-	/* The journal is committed here, and not by the first stores. */
+	/* The journal is committed here, and not by the first stores.  A failure
+	 * is none that another device's room would mend, whatever it is. */
 	if (fdatasync(p->fd) != 0)
-		return -errno;
-	err = map_range(p, capacity & ~(HUGE_PAGE - 1), end);
+		return -EIO;
+	if (longer)
+		err = sizes_store_grown(p->sizes, p->number, end, end);
+	if (err == 0)
+		err = map_range(p, capacity & ~(HUGE_PAGE - 1), end);
 	if (err < 0)
 		return err;
 	populate(p, end);
@@ -173,51 +156,66 @@ int pmem_grow(struct pmem *p, uint64_t end)
 
 /* -- a growing file ----------------------------------------------------------- */
 
+/* Whole pages that are there, as they are: the file is not changed before all
+ * its users know that it grows. */
+static int map_what_is_there(struct pmem *p)
+{
+	struct stat st;
+
+	if (fstat(p->fd, &st) != 0)
+		return -errno;
+	if (st.st_size < 4096)
+		return 0;
+	if ((uint64_t)st.st_size > WINDOW_BYTES)
+		return -EFBIG;
+	atomic_store(&p->capacity, page_down((uint64_t)st.st_size));
+	return map_range(p, 0, p->capacity);
+}
+
 struct pmem *pmem_open(int fd, struct sizes *sizes, unsigned number, bool sync)
 {
 	struct pmem *p = calloc(1, sizeof(*p));
-	struct stat st;
+	struct slot_values slot = {0};
 
-	if (p == NULL)
+	if (p == NULL) {
+		sizes_give_back(sizes, number);
 		return NULL;
-	p->fd = fd;
-	p->sync = sync;
-	p->sizes = sizes;
-	p->number = number;
-	p->slot = &sizes->slots[number];
-	atomic_init(&p->size, atomic_load(&p->slot->size));
-	atomic_init(&p->mtime_ns, atomic_load(&p->slot->mtime_ns));
-	p->window = mmap(NULL, WINDOW_BYTES, PROT_NONE,
-			 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	int err = p->window == MAP_FAILED ? -errno : 0;
+	}
+	*p = (struct pmem){.fd = fd, .sync = sync, .sizes = sizes, .number = number, .tied = true};
 	pthread_mutex_init(&p->write_lock, NULL);
 	pthread_mutex_init(&p->grow_lock, NULL);
+	p->window = mmap(NULL, WINDOW_BYTES, PROT_NONE,
+			 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	int err = p->window == MAP_FAILED ? -errno : sizes_load(sizes, number, &slot);
+	p->nonce = slot.nonce;
+	atomic_init(&p->size, slot.size);
+	atomic_init(&p->mtime_ns, slot.mtime_ns);
 	if (err == 0)
-		err = fstat(fd, &st) == 0 ? 0 : -errno;
-	/* Whole pages that are there, as they are: the file is not changed before
-	 * all its users know that it grows. */
-	if (err == 0 && st.st_size >= 4096) {
-		atomic_store(&p->capacity, page_down((uint64_t)st.st_size));
-		err = map_range(p, 0, p->capacity);
+		err = map_what_is_there(p);
+	if (err < 0) {
+		pmem_close(p);
+		errno = -err;
+		return NULL;
 	}
-	if (err == 0)
-		return p;
-	if (p->window != MAP_FAILED)
-		munmap(p->window, WINDOW_BYTES);
-	free(p);
-	errno = -err;
-	return NULL;
+	return p;
+}
+
+/* Whether nothing has to know its size after a crash: it is no longer than
+ * that, or it is gone.  The removal has to be durable: else a power cut brings
+ * back a name of a file that is too long, and no slot. */
+static bool needs_no_slot(const struct pmem *p)
+{
+	struct stat st;
+
+	return !p->longer || (fstat(p->fd, &st) == 0 && st.st_nlink == 0 && fsync(p->fd) == 0);
 }
 
 void pmem_close(struct pmem *p)
 {
-	struct stat st;
-
-	/* The removal has to be durable first: else a power cut brings back a
-	 * name of a file that is too long, and no slot. */
-	if (!p->sealed && fstat(p->fd, &st) == 0 && st.st_nlink == 0 && fsync(p->fd) == 0)
+	if (!p->sealed && needs_no_slot(p))
 		sizes_give_back(p->sizes, p->number);
-	munmap(p->window, WINDOW_BYTES);
+	if (p->window != MAP_FAILED)
+		munmap(p->window, WINDOW_BYTES);
 	pthread_mutex_destroy(&p->write_lock);
 	pthread_mutex_destroy(&p->grow_lock);
 	free(p);
@@ -231,22 +229,39 @@ static uint64_t now_ns(void)
 	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
+struct copy {
+	char *to;
+	const void *from;
+	size_t len;
+};
+
+static int copy(void *arg)
+{
+	const struct copy *c = arg;
+
+	persist_copy(c->to, c->from, c->len);
+	persist_drain(); /* before the size, which makes the bytes count */
+	return 0;
+}
+
 /* The bytes are durable by now: the size may follow. */
-static void note_written(struct pmem *p, uint64_t end)
+static int note_written(struct pmem *p, uint64_t end)
 {
 	uint64_t now = now_ns();
+	bool grows = end > atomic_load(&p->size);
+	int err = sizes_store_written(p->sizes, p->number, now, grows ? end : 0);
 
-	persist_store(&p->slot->mtime_ns, now);
-	if (end > atomic_load(&p->size))
-		persist_store(&p->slot->size, end);
-	persist_drain();
+	if (err < 0)
+		return err;
 	atomic_store(&p->mtime_ns, now);
-	if (end > atomic_load(&p->size))
+	if (grows)
 		atomic_store(&p->size, end);
+	return 0;
 }
 
 int pmem_write(struct pmem *p, const void *data, size_t len, uint64_t offset)
 {
+	struct copy c = {p->window + offset, data, len};
 	uint64_t end = offset + len;
 	int err = -EAGAIN;
 
@@ -254,24 +269,24 @@ int pmem_write(struct pmem *p, const void *data, size_t len, uint64_t offset)
 	if (p->sealed)
 		err = -ESTALE;
 	else if (end <= atomic_load(&p->capacity))
-		err = copy_caught(p->window + offset, data, len);
+		err = media_touch(copy, &c);
 	if (err == 0)
-		note_written(p, end);
+		err = note_written(p, end);
 	pthread_mutex_unlock(&p->write_lock);
 	return err;
 }
 
-void pmem_set_mtime(struct pmem *p, uint64_t mtime_ns)
+int pmem_set_mtime(struct pmem *p, uint64_t mtime_ns)
 {
 	pthread_mutex_lock(&p->write_lock);
-	if (!p->sealed) {
-		persist_store(&p->slot->mtime_ns, mtime_ns);
-		persist_drain();
-	}
-	atomic_store(&p->mtime_ns, mtime_ns);
+	int err = p->sealed ? 0 : sizes_store_written(p->sizes, p->number, mtime_ns, 0);
+	if (err == 0)
+		atomic_store(&p->mtime_ns, mtime_ns);
 	pthread_mutex_unlock(&p->write_lock);
+	return err;
 }
 
+/* In the order that sizes.h gives the reasons for. */
 static int cut(struct pmem *p)
 {
 	uint64_t mtime = pmem_mtime_ns(p), size = pmem_size(p);
@@ -282,23 +297,28 @@ static int cut(struct pmem *p)
 
 	/* If it fails half way, a later write has to grow again first. */
 	atomic_store(&p->capacity, page_down(size));
-	if (ftruncate(p->fd, (off_t)size) != 0 || futimens(p->fd, times) != 0 ||
-	    fsync(p->fd) != 0)
+	if (sys_truncate(p->fd, (off_t)size) != 0 || futimens(p->fd, times) != 0)
 		return -errno;
-	return 0;
+	p->tied = false;
+	if (fremovexattr(p->fd, NONCE_ATTRIBUTE) != 0 && errno != ENODATA)
+		return -errno;
+	return fsync(p->fd) == 0 ? 0 : -errno;
 }
 
 int pmem_seal(struct pmem *p)
 {
+	/* A file that is made longer after the cut would be left without a slot. */
+	pthread_mutex_lock(&p->grow_lock);
 	pthread_mutex_lock(&p->write_lock);
 	int err = cut(p);
 	if (err == 0) {
 		/* From here on the slot may be another file's. */
 		p->sealed = true;
-		/* Invariant of sizes: not before the file is as long as it says. */
+		/* Invariant of sizes: not before the cut is durable. */
 		sizes_give_back(p->sizes, p->number);
 	}
 	pthread_mutex_unlock(&p->write_lock);
+	pthread_mutex_unlock(&p->grow_lock);
 	return err;
 }
 

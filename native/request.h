@@ -21,6 +21,7 @@ struct request {
 	struct device *dev; /* whose worker it was given to */
 	_Atomic bool started;  /* its effect on a device may have begun */
 	_Atomic bool answered;
+	uint64_t began_ns; /* when it was read */
 	bool for_room; /* parked because there was no room, not for the gate */
 	bool interrupted;
 	struct fuse_in_header *in;

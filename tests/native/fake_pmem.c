@@ -25,7 +25,7 @@ static unsigned note_count;
 static void (*at_each_step)(void);
 static bool checking;
 
-static void step(void)
+void model_step(void)
 {
 	if (at_each_step == NULL || checking)
 		return;
@@ -71,9 +71,11 @@ const char *model_crash(const void *start, enum crash how)
 
 	CHECK(r != NULL);
 	memcpy(r->image, how == CRASH_EVERYTHING ? r->start : r->durable, r->len);
-	for (size_t i = 0; how == CRASH_SOMETHING && i < r->len; i += 8)
-		if (memcmp(r->image + i, r->start + i, 8) != 0 && rand() & 1)
-			memcpy(r->image + i, r->start + i, 8);
+	uint64_t *image = (void *)r->image;
+	const uint64_t *stored = (void *)r->start;
+	for (size_t i = 0; how == CRASH_SOMETHING && i < r->len / 8; i++)
+		if (image[i] != stored[i] && rand() & 1)
+			image[i] = stored[i];
 	return r->image + ((const char *)start - r->start);
 }
 
@@ -91,34 +93,34 @@ static void note(const void *start, size_t len)
 void *pmem_memcpy(void *to, const void *from, size_t len, unsigned flags)
 {
 	CHECK(flags & PMEM_F_MEM_NODRAIN);
-	step();
+	model_step();
 	/* A crash in the middle: some of it was stored. */
 	memcpy(to, from, len / 2);
-	step();
+	model_step();
 	memcpy(to, from, len);
 	if (!(flags & (PMEM_F_MEM_NOFLUSH | PMEM_F_MEM_TEMPORAL)))
 		note(to, len);
-	step();
+	model_step();
 	return to;
 }
 
 void pmem_flush(const void *start, size_t len)
 {
-	step();
+	model_step();
 	note(start, len);
-	step();
+	model_step();
 }
 
 void pmem_drain(void)
 {
-	step();
+	model_step();
 	for (struct note *n = notes; n < notes + note_count; n++) {
 		struct range *r = range_of(n->start);
 		memcpy(r->durable + (n->start - r->start), n->bytes, n->len);
 		free(n->bytes);
 	}
 	note_count = 0;
-	step();
+	model_step();
 }
 
 int pmem_has_auto_flush(void)

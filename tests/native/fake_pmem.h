@@ -15,8 +15,9 @@
 /* What is there now is durable.  A range that begins where another one does
  * takes its place, with what is durable of it. */
 void model_watch(void *start, size_t len);
-/* Called before and after each call into libpmem. */
+/* Called before and after each call into libpmem, and at each other step. */
 void model_at_each_step(void (*check)(void));
+void model_step(void);
 
 enum crash {
 	CRASH_NOTHING_MORE, /* only what is durable survives */

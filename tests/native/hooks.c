@@ -19,6 +19,8 @@ static struct {
 	unsigned hanging, calls, releases;
 	unsigned fail_times;
 	int error;
+	unsigned short_times;
+	size_t short_bytes;
 } hooks[HOOKS];
 
 void hook_hang(enum hook hook, const char *path)
@@ -38,6 +40,25 @@ void hook_fail(enum hook hook, unsigned times, int error)
 	hooks[hook].fail_times = times;
 	hooks[hook].error = error;
 	pthread_mutex_unlock(&lock);
+}
+
+void hook_short(enum hook hook, unsigned times, size_t bytes)
+{
+	pthread_mutex_lock(&lock);
+	hooks[hook].short_times = times;
+	hooks[hook].short_bytes = bytes;
+	pthread_mutex_unlock(&lock);
+}
+
+static size_t shortened(enum hook hook, size_t bytes)
+{
+	pthread_mutex_lock(&lock);
+	if (hooks[hook].short_times > 0 && bytes > hooks[hook].short_bytes) {
+		hooks[hook].short_times--;
+		bytes = hooks[hook].short_bytes;
+	}
+	pthread_mutex_unlock(&lock);
+	return bytes;
 }
 
 void hook_pass(enum hook hook)
@@ -109,6 +130,24 @@ ssize_t __wrap_pwritev2(int fd, const struct iovec *iov, int count, off_t offset
 ssize_t __wrap_pwritev2(int fd, const struct iovec *iov, int count, off_t offset, int flags)
 {
 	return enter(HOOK_WRITE, fd) ? -1 : __real_pwritev2(fd, iov, count, offset, flags);
+}
+
+ssize_t __real_pread(int fd, void *data, size_t len, off_t offset);
+ssize_t __wrap_pread(int fd, void *data, size_t len, off_t offset);
+ssize_t __wrap_pread(int fd, void *data, size_t len, off_t offset)
+{
+	if (enter(HOOK_COPY_READ, fd))
+		return -1;
+	return __real_pread(fd, data, shortened(HOOK_COPY_READ, len), offset);
+}
+
+ssize_t __real_pwrite(int fd, const void *data, size_t len, off_t offset);
+ssize_t __wrap_pwrite(int fd, const void *data, size_t len, off_t offset);
+ssize_t __wrap_pwrite(int fd, const void *data, size_t len, off_t offset)
+{
+	if (enter(HOOK_COPY_WRITE, fd))
+		return -1;
+	return __real_pwrite(fd, data, shortened(HOOK_COPY_WRITE, len), offset);
 }
 
 int __real_fsync(int fd);

@@ -6,6 +6,7 @@
 #define PAFKAFS_TEST_HOOKS_H
 
 #include <stdbool.h>
+#include <stddef.h>
 
 /* Which call of the core. */
 enum hook {
@@ -13,6 +14,8 @@ enum hook {
 	HOOK_WRITE, /* pwritev2 */
 	HOOK_FSYNC, /* fsync and fdatasync */
 	HOOK_OPEN,  /* sys_open_beneath: an object is opened */
+	HOOK_COPY_READ,  /* pread */
+	HOOK_COPY_WRITE, /* pwrite */
 	HOOKS,
 };
 
@@ -23,6 +26,8 @@ void hook_pass(enum hook hook);
 /* The next times calls fail with error, without being made; they may
  * hang first. */
 void hook_fail(enum hook hook, unsigned times, int error);
+/* The next times calls transfer no more than so many bytes. */
+void hook_short(enum hook hook, unsigned times, size_t bytes);
 void hook_release(enum hook hook);
 unsigned hook_hanging(enum hook hook);
 unsigned hook_calls(enum hook hook); /* made or refused since the start */

@@ -7,9 +7,9 @@
 #include <unistd.h>
 
 #include "check.h"
+#include "copy.h"
 #include "hooks.h"
 #include "kernel.h"
-#include "sys.h"
 
 enum { INO = 7, WRITERS = 3, BLOCK = 512, BLOCKS = 24, ROUNDS = 40, MOVES = 60 };
 
@@ -156,7 +156,10 @@ static void move(struct kernel *k, struct file *file, struct device *to, const c
 		kernel_count_events(k, EVENT_QUIET);
 	int from_fd = open(check_path(from), O_RDONLY | O_CLOEXEC);
 	int to_fd = open(check_path(name), O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
-	CHECK_EQ(sys_copy_data(from_fd, to_fd, 0, lseek(from_fd, 0, SEEK_END), true), 0);
+	struct copy_request copy = {from_fd, to_fd, 0, lseek(from_fd, 0, SEEK_END), .keep_holes = true};
+	bool at_source;
+	CHECK_EQ(copy_data(&copy, &at_source), 0);
+	CHECK(ftruncate(to_fd, copy.end) == 0);
 	close(from_fd);
 	if (to->slow) {
 		int shadow = open(check_path("shadow"), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
