@@ -93,7 +93,7 @@ def _is_locked(path: Path) -> bool:
 def _form_set(device: Path, slow: list[str], ignore: Path | None) -> None:
     """As a first mount does; the entries to be adopted do not count as foreign."""
     adopted = {layout.ADOPTING} | ({ignore.name} if ignore is not None else set(os.listdir(device)))
-    for member in deviceset.assemble([str(device)], slow, adopting=frozenset(adopted)):
+    for member in deviceset.assemble([[str(device)], slow], adopting=frozenset(adopted)):
         os.close(member.fd)
 
 

@@ -19,7 +19,7 @@ from pafkafs import _native, layout
 from pafkafs.config import WHOLE_FILESYSTEM
 from pafkafs.deviceset import SetDevice
 from pafkafs.errors import PafkafsError
-from pafkafs.policy import Room
+from pafkafs.placement import Room
 
 # Stubs, shadows and directories must still fit when data fills the home device.
 _RESERVE_SHARE = 0.02
@@ -58,6 +58,7 @@ class Device:
     )
     last_error: str | None = None
     last_error_at: float = 0.0
+    errors: int = 0  # since the mount
     missing_objects: set[str] = field(default_factory=set)
     suspicious_objects: int = 0  # without a stub, and too many to be garbage
     _jobs: dict[int, float] = field(default_factory=dict)  # when each of our own threads began
@@ -113,6 +114,7 @@ class Device:
         """Remembers, for status, what went wrong on the device."""
         self.last_error = what
         self.last_error_at = time.monotonic()
+        self.errors += 1
         log.error("%s: %s", os.fsdecode(self.path), what)
 
     @property
@@ -209,11 +211,11 @@ def open_home(device: Device) -> Home:
         tree_fd = layout.open_state_directory(device.fd, layout.TREE)
         shadows_fd = layout.open_state_directory(device.fd, layout.SHADOWS)
         tmp_fd = layout.open_state_directory(device.fd, layout.TMP)
+        for name in os.listdir(tmp_fd):  # what did not get its name before a crash
+            layout.remove(os.fsencode(name), tmp_fd)
+        return Home(tree_fd, shadows_fd, tmp_fd, os.fstat(tree_fd).st_dev)
     except OSError as error:
         reason = error.strerror or str(error)
         raise PafkafsError(
             f"cannot use the home tree on {os.fsdecode(device.path)}: {reason}"
         ) from error
-    for name in os.listdir(tmp_fd):  # stubs whose commit never came
-        os.unlink(name, dir_fd=tmp_fd)
-    return Home(tree_fd, shadows_fd, tmp_fd, os.fstat(tree_fd).st_dev)

@@ -12,19 +12,24 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pafkafs import layout
 from pafkafs.errors import PafkafsError
+from pafkafs.placement import tier_name
 
 FORMAT = 1
+# A daemon that was killed holds its locks until the last of its threads has ended.
+_LOCK_PATIENCE_S = 2.0
+_LOCK_POLL_S = 0.05
 _IGNORED_ENTRIES = {"lost+found"}  # every new ext4 has one
 # What a mount that was killed leaves where it wrote a record or looked whether it may.
 _OWN_TEMPORARY = re.compile(r"\.pafkafs(\.json\.|-)[0-9a-f]{8}")
-_TIER_NAMES = ("fast", "slow")
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ def _check_types(record: Record) -> None:
 def read_record(fd: int, path: str) -> Record | None:
     """The record of the device open at fd; None when it is new."""
     try:
-        record_fd = os.open(layout.RECORD, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+        record_fd = os.open(layout.RECORD, layout.LOOKING, dir_fd=fd)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -151,10 +156,56 @@ def write_record(fd: int, record: Record) -> None:
     os.fsync(fd)
 
 
+@contextmanager
+def _using(path: str, role: str) -> Iterator[None]:
+    """What a device answers is told with its name."""
+    try:
+        yield
+    except OSError as error:
+        raise PafkafsError(
+            f"cannot use the {role} device {path}: {error.strerror}; check it: dmesg, df {path}"
+        ) from error
+
+
 def open_device(path: str, role: str) -> int:
     """Opens and locks a device's directory, for as long as the descriptor is open."""
+    fd = open_unlocked(path, role)
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        if not _lock(fd):
+            raise PafkafsError(
+                f"the {role} device {path} is in use by another pafkafs; see pafkafs status"
+            )
+    except OSError as error:
+        os.close(fd)
+        raise PafkafsError(f"cannot lock the {role} device {path}: {error.strerror}") from error
+    except PafkafsError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _lock(fd: int) -> bool:
+    until = time.monotonic() + _LOCK_PATIENCE_S
+    while not try_lock(fd):
+        if time.monotonic() > until:
+            return False
+        time.sleep(_LOCK_POLL_S)
+    return True
+
+
+def try_lock(fd: int) -> bool:
+    """Locks a device; False when somebody else has it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def open_unlocked(path: str, role: str) -> int:
+    """Opens a device's directory."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
         raise PafkafsError(
             f"the {role} device {path} does not exist: mount it, or create the directory"
@@ -163,14 +214,6 @@ def open_device(path: str, role: str) -> int:
         raise PafkafsError(f"the {role} device {path} is not a directory") from None
     except OSError as error:
         raise PafkafsError(f"cannot open the {role} device {path}: {error.strerror}") from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise PafkafsError(
-            f"the {role} device {path} is in use by another pafkafs; see pafkafs status"
-        ) from None
-    return fd
 
 
 def check_writable(fd: int, path: str, role: str) -> None:
@@ -215,20 +258,20 @@ def check_new(fd: int, path: str, role: str, adopting: frozenset[str]) -> None:
 
 
 def assemble(
-    fast: Sequence[str], slow: Sequence[str], *, adopting: frozenset[str] | None = None
+    tiers: Sequence[Sequence[str]], *, adopting: frozenset[str] | None = None
 ) -> list[SetDevice]:
-    """Opens, locks and checks the devices of a mount; forms the set when they are new.
+    """Opens, locks and checks the devices of a mount, given by tier from the fast one to the slow
+    one; forms the set when they are new.
 
     adopting are entries that a new fast device may have, None for a mount.  Nothing is changed
     unless all devices pass.  Raises PafkafsError.
     """
-    _check_distinct([*fast, *slow])
-    wanted = [(0, i, path) for i, path in enumerate(fast)]
-    wanted += [(1, i, path) for i, path in enumerate(slow)]
+    wanted = [(t, i, path) for t, tier in enumerate(tiers) for i, path in enumerate(tier)]
+    _check_distinct([path for _, _, path in wanted])
     fds: list[int] = []
     try:
         for tier, _, path in wanted:
-            fds.append(open_device(path, _TIER_NAMES[tier]))
+            fds.append(open_device(path, _name(tier, wanted)))
         return _recognise(wanted, fds, adopting)
     except BaseException:
         for fd in fds:
@@ -236,23 +279,63 @@ def assemble(
         raise
 
 
+def recognise(tiers: Sequence[Sequence[str]]) -> tuple[list[SetDevice], bool]:
+    """Opens the devices of a set that was formed, and changes nothing; and whether they are in
+    use by another pafkafs.  If not, they are locked, for as long as they are open.  Raises
+    PafkafsError.
+    """
+    wanted = [(t, i, path) for t, tier in enumerate(tiers) for i, path in enumerate(tier)]
+    _check_distinct([path for _, _, path in wanted])
+    fds: list[int] = []
+    try:
+        for tier, _, path in wanted:
+            fds.append(open_unlocked(path, _name(tier, wanted)))
+        members = _members_of(wanted, fds)
+        in_use = not all(map(try_lock, fds))
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
+    if in_use:
+        for fd in fds:
+            fcntl.flock(fd, fcntl.LOCK_UN)
+    return [SetDevice(member, fd) for member, fd in zip(members, fds, strict=True)], in_use
+
+
+def last_path(device: SetDevice) -> str:
+    """Where a device was at its last mount, as its stubs say."""
+    record = read_record(device.fd, device.member.path)
+    assert record is not None
+    return record.member.path
+
+
+def _members_of(wanted: list[tuple[int, int, str]], fds: list[int]) -> list[Member]:
+    records = [read_record(fd, path) for (_, _, path), fd in zip(wanted, fds, strict=True)]
+    for (tier, _, path), record in zip(wanted, records, strict=True):
+        if record is None:
+            raise PafkafsError(
+                f"the {_name(tier, wanted)} device {path} has no {layout.RECORD}: it is none of a "
+                "set that was mounted"
+            )
+    home = records[0]
+    assert home is not None
+    if not home.members:
+        raise PafkafsError(
+            f"{wanted[0][2]} is not the first fast device of its set; "
+            "give the fast devices in the order of the first mount"
+        )
+    if home.forming:
+        raise PafkafsError(f"the set of {wanted[0][2]} is only half formed: mount it once")
+    return _match_members(home, wanted, records)
+
+
 def _recognise(
     wanted: list[tuple[int, int, str]], fds: list[int], adopting: frozenset[str] | None
 ) -> list[SetDevice]:
     records: list[Record | None] = []
     for (tier, _, path), fd in zip(wanted, fds, strict=True):
-        record = read_record(fd, path)
-        if adopting is None and tier == 0 and _is_adopting(fd):
-            raise PafkafsError(
-                f"a log directory is only half adopted into {path}: "
-                "run the same pafkafs adopt command again, it goes on where it stopped"
-            )
-        if record is None:
-            check_new(
-                fd, path, _TIER_NAMES[tier], adopting if tier == 0 and adopting else frozenset()
-            )
-        check_writable(fd, path, _TIER_NAMES[tier])
-        records.append(record)
+        with _using(path, _name(tier, wanted)):
+            records.append(_examine(fd, path, tier, _name(tier, wanted), adopting))
     home = records[0]
     if home is None:
         _check_all_new(wanted, records)
@@ -268,12 +351,24 @@ def _recognise(
     return _form(home, members, records, fds)
 
 
-def _is_adopting(fd: int) -> bool:
-    try:
-        os.stat(layout.ADOPTING, dir_fd=fd, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return True
+def _examine(
+    fd: int, path: str, tier: int, role: str, adopting: frozenset[str] | None
+) -> Record | None:
+    """The record of a device that may be mounted; None when it is new."""
+    record = read_record(fd, path)
+    if adopting is None and tier == 0 and layout.exists(layout.ADOPTING, fd):
+        raise PafkafsError(
+            f"a log directory is only half adopted into {path}: "
+            "run the same pafkafs adopt command again, it goes on where it stopped"
+        )
+    if record is None:
+        check_new(fd, path, role, adopting if tier == 0 and adopting else frozenset())
+    check_writable(fd, path, role)
+    return record
+
+
+def _name(tier: int, wanted: list[tuple[int, int, str]]) -> str:
+    return tier_name(tier, wanted[-1][0])
 
 
 def _check_distinct(paths: Sequence[str]) -> None:
@@ -290,7 +385,7 @@ def _check_all_new(wanted: list[tuple[int, int, str]], records: list[Record | No
     for (tier, _, path), record in zip(wanted, records, strict=True):
         if record is not None:
             raise PafkafsError(
-                f"the {_TIER_NAMES[tier]} device {path} belongs to a set whose first fast device "
+                f"the {_name(tier, wanted)} device {path} belongs to a set whose first fast device "
                 f"is not {wanted[0][2]}, which is new; mount the right fast device"
             )
 
@@ -300,12 +395,13 @@ def _match_members(
 ) -> list[Member]:
     """The members in the order they were given; new devices join at the end of their tier."""
     members: list[Member] = []
+    _check_tiers(home, wanted)
     for (tier, index, path), record in zip(wanted, records, strict=True):
         expected = next((m for m in home.members if (m.tier, m.index) == (tier, index)), None)
         if record is None:
             if expected is not None and not home.forming:
                 raise PafkafsError(
-                    f"{path} is new, but the set needs its {_TIER_NAMES[tier]} device "
+                    f"{path} is new, but the set needs its {_name(tier, wanted)} device "
                     f"{expected.device}, last at {expected.path}; mount that one there"
                 )
             device = secrets.token_hex(4) if expected is None else expected.device
@@ -315,20 +411,30 @@ def _match_members(
             raise PafkafsError(f"{path} belongs to another set of devices than {wanted[0][2]}")
         if record.member.tier != tier:
             raise PafkafsError(
-                f"{path} is a {_TIER_NAMES[record.member.tier]} device of its set, "
-                f"but was given as {_TIER_NAMES[tier]}: swap the arguments"
+                f"{path} is a {tier_name(record.member.tier, wanted[-1][0])} device of its set, "
+                f"but was given as {_name(tier, wanted)}: swap the arguments"
             )
         members.append(record.member.at(path))
     _check_none_missing(home, members)
     return members
 
 
+def _check_tiers(home: Record, wanted: list[tuple[int, int, str]]) -> None:
+    formed, given = max(m.tier for m in home.members) + 1, wanted[-1][0] + 1
+    if formed != given:
+        raise PafkafsError(
+            f"the set of {wanted[0][2]} has {formed} tiers, and {given} were given: their number "
+            "stays what it was at the first mount"
+        )
+
+
 def _check_none_missing(home: Record, members: list[Member]) -> None:
     given = {member.device for member in members}
     for member in home.members:
         if member.device not in given:
+            name = tier_name(member.tier, members[-1].tier)
             raise PafkafsError(
-                f"the {_TIER_NAMES[member.tier]} device {member.device}, last at {member.path}, "
+                f"the {name} device {member.device}, last at {member.path}, "
                 "is missing: give all devices of the set"
             )
     if members[0].index != 0:
@@ -347,12 +453,18 @@ def _form(
     """Writes what is new or has moved, in the order that survives a crash."""
     formed = replace(home, member=members[0], members=tuple(members))
     if records[0] != replace(formed, forming=False):
-        for fd in fds:
-            _remove_temporaries(fd)
-        write_record(fds[0], replace(formed, forming=True))
-        for member, record, fd in zip(members[1:], records[1:], fds[1:], strict=True):
+        roles = [tier_name(member.tier, members[-1].tier) for member in members]
+        devices = list(zip(members, roles, fds, strict=True))
+        for member, role, fd in devices:
+            with _using(member.path, role):
+                _remove_temporaries(fd)
+        with _using(members[0].path, roles[0]):
+            write_record(fds[0], replace(formed, forming=True))
+        for (member, role, fd), record in zip(devices[1:], records[1:], strict=True):
             mine = Record(FORMAT, home.set, member)
             if record != mine:
-                write_record(fd, mine)
-        write_record(fds[0], replace(formed, forming=False))
+                with _using(member.path, role):
+                    write_record(fd, mine)
+        with _using(members[0].path, roles[0]):
+            write_record(fds[0], replace(formed, forming=False))
     return [SetDevice(member, fd) for member, fd in zip(members, fds, strict=True)]

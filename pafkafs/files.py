@@ -66,7 +66,11 @@ class OpenFile:
         self.gate_open = trio.Event()
         self.quiet = trio.Event()
         if not self.native.close_gate():
-            await self.quiet.wait()
+            try:
+                await self.quiet.wait()
+            except BaseException:  # cancelled: nobody else would open it
+                self.open_gate()
+                raise
         self.quiet = None
 
     def open_gate(self) -> None:
@@ -159,6 +163,7 @@ class OpenFiles:
         self._kernel_keeps_up = kernel.drops_pages_after_direct_write(os.uname().release)
         self.opened_objects: set[str] | None = set()  # since the mount; None: nobody asks
         self.unsynced_objects: set[str] = set()  # not open, with attributes to be fsynced
+        self._ending = False
 
     def __len__(self) -> int:
         return len(self._handles)
@@ -199,6 +204,10 @@ class OpenFiles:
         """The files on a device that grow."""
         found = (file for files in self._growing.values() for file in files)
         return [f for f in found if f.device is device and f.native.growing is not None]
+
+    def ahead_bytes(self, device: Device) -> int:
+        """What they have allocated there beyond their logical sizes."""
+        return sum(file.native.ahead_bytes for file in self.all_growing(device))
 
     def _forget_growing(self, file: OpenFile) -> None:
         for directory in [d for d, files in self._growing.items() if file in files]:
@@ -277,12 +286,17 @@ class OpenFiles:
         file.users -= 1
         self.close_if_unused(file)
 
+    def end(self) -> None:
+        """All that can be synced was: no file is kept open for it any more.  An operation that is
+        cancelled now would begin another one in its place, without end."""
+        self._ending = True
+
     def close_if_unused(self, file: OpenFile) -> None:
         """Closes a file that nobody uses, unless an fsync through a later handle has to know
         that there is something to do, or has an error of this one to see."""
         if file.users > 0:
             return
-        if file.node.names:
+        if file.node.names and not self._ending:
             if file.node.stub is not None and file.native.unsynced:
                 self.start_soon(self._sync, file)
                 return

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pafkafs import _native
+from pafkafs import layout
 from pafkafs.device import Device, Home
 
 log = logging.getLogger(__name__)
@@ -35,18 +35,21 @@ class GarbageReport:
         return self.unreferenced > 0 and self.put_aside == 0
 
 
-def collect(device: Device, referenced: Callable[[], set[str]]) -> GarbageReport:
+def allowed(count: int) -> int:
+    """How many of so many may be garbage."""
+    return max(COUNT_ALWAYS_ALLOWED, int(count * SHARE_MAX))
+
+
+def collect(device: Device, is_referenced: Callable[[str], bool]) -> GarbageReport:
     """Puts the unreferenced objects of a device aside.  May block.
 
-    referenced returns the ids of all stubs before serving, and of all objects since: it is
-    asked after the objects were listed, so none that is listed is too new for it.
+    is_referenced tells whether a stub had this id before serving, or an object was made with it
+    since: it is asked after the objects were listed, so none that is listed is too new for it.
     """
     _delete_old(device)
-    found = _objects(device)
-    known = referenced()
-    unreferenced = [path for path in found if _object_id(path) not in known]
-    allowed = max(COUNT_ALWAYS_ALLOWED, int(len(found) * SHARE_MAX))
-    if len(unreferenced) > allowed:
+    found, empty = _objects(device)
+    unreferenced = [path for path in found if not is_referenced(_object_id(path))]
+    if len(unreferenced) > allowed(len(found)):
         log.error(
             "%s: %d of %d objects have no stub; nothing is removed",
             os.fsdecode(device.path),
@@ -56,25 +59,31 @@ def collect(device: Device, referenced: Callable[[], set[str]]) -> GarbageReport
         return GarbageReport(len(found), len(unreferenced), 0)
     for path in unreferenced:
         _put_aside(device, path)
+    for directory in empty:
+        _remove_empty(device, directory)
     return GarbageReport(len(found), len(unreferenced), len(unreferenced))
 
 
-def collect_shadows(device: Device, home: Home, referenced: set[str], found: list[str]) -> None:
-    """Puts shadows, found before serving began, that have no stub aside."""
-    unreferenced = [name for name in found if name not in referenced]
-    if len(unreferenced) > max(COUNT_ALWAYS_ALLOWED, int(len(found) * SHARE_MAX)):
+def collect_shadows(device: Device, home: Home, is_referenced: Callable[[str], bool]) -> None:
+    """The same for shadows."""
+    found = os.listdir(home.shadows_fd)
+    unreferenced = [name for name in found if not is_referenced(name)]
+    if len(unreferenced) > allowed(len(found)):
         log.error("%d of %d shadows have no stub; none is removed", len(unreferenced), len(found))
         return
     for name in unreferenced:
-        _native.rename(home.shadows_fd, name.encode(), device.lost_fd, name.encode(), 0)
+        layout.put_aside(home.shadows_fd, name.encode(), device.lost_fd, durably=False)
 
 
-def _objects(device: Device) -> list[bytes]:
-    """Paths below objects/."""
+def _objects(device: Device) -> tuple[list[bytes], list[bytes]]:
+    """Paths below objects/, and directories in which a crash left nothing."""
     paths: list[bytes] = []
-    for directory, _, names, _ in os.fwalk(b".", dir_fd=device.objects_fd):
+    empty: list[bytes] = []
+    for directory, directories, names, _ in os.fwalk(b".", dir_fd=device.objects_fd):
         paths.extend(os.path.normpath(os.path.join(directory, name)) for name in names)
-    return paths
+        if not directories and not names and directory != b".":
+            empty.append(os.path.normpath(directory))
+    return paths, empty
 
 
 def _object_id(path: bytes) -> str:
@@ -82,13 +91,19 @@ def _object_id(path: bytes) -> str:
 
 
 def _put_aside(device: Device, path: bytes) -> None:
-    name = path.rpartition(b"/")[2]
     log.warning("%s: %s has no stub, moved to lost", os.fsdecode(device.path), os.fsdecode(path))
-    _native.rename(device.objects_fd, path, device.lost_fd, name, 0)
-    try:
-        os.rmdir(path.rpartition(b"/")[0], dir_fd=device.objects_fd)
-    except OSError:
-        return  # not empty, or objects/ itself
+    layout.put_aside(device.objects_fd, path, device.lost_fd, durably=False)
+    _remove_empty(device, path.rpartition(b"/")[0])
+
+
+def _remove_empty(device: Device, directory: bytes) -> None:
+    """With those above it.  Who is about to make an object there makes its directories again."""
+    while directory:
+        try:
+            os.rmdir(directory, dir_fd=device.objects_fd)
+        except OSError:
+            return  # not empty
+        directory = directory.rpartition(b"/")[0]
 
 
 def _delete_old(device: Device) -> None:
@@ -97,4 +112,4 @@ def _delete_old(device: Device) -> None:
     for name in os.listdir(device.lost_fd):
         status = os.stat(name, dir_fd=device.lost_fd, follow_symlinks=False)
         if status.st_ctime < oldest:
-            os.unlink(name, dir_fd=device.lost_fd)
+            layout.remove(os.fsencode(name), device.lost_fd)

@@ -5,33 +5,37 @@ a name (O_TMPFILE): whatever crashes, the filesystem frees them, and creating a 
 linkat.
 """
 
+import errno
 import logging
 import math
 import os
 import secrets
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, partial
 
 import trio
 
-from pafkafs import _native
+from pafkafs import _native, layout
 from pafkafs.device import Device
 from pafkafs.files import OpenFile, OpenFiles
-from pafkafs.policy import HIGH_MARK
+from pafkafs.placement import HIGH_MARK
+from pafkafs.slots import Slot
 
 log = logging.getLogger(__name__)
 
-_PAGE = 4096
-NONCE_ATTRIBUTE = "user.pafkafs.nonce"
+WINDOW_BYTES = 1 << 32  # what a growing file may have; see native/pmem.c
+_OPEN_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 # 64 bytes each.  More files than this do not grow at once: later ones are written with pwrite.
-SLOTS = 1 << 15
+# As many windows of 4 GiB (native/pmem.c) leave room in the address space.
+SLOTS = 1 << 13
 
 # What a file of the pool has allocated: enough until the first growth ahead of its writer.
 FIRST_BYTES = 2 << 20
 _POOL_FILES_MAX = 64
+_POOL_NICE = 10
 # With less room a file that is written to does not begin to grow ahead of its writer.
 ROOM_TO_START = 128 << 20
 _FILL_RETRY_S = 5.0
@@ -56,11 +60,7 @@ def persist_method() -> str:
 
 def was_used(device: Device) -> bool:
     """Whether files may have been growing there, with other options, when a mount ended."""
-    try:
-        os.stat("sizes", dir_fd=device.fd, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return True
+    return layout.exists("sizes", device.fd)
 
 
 def take_slot(device: Device, fd: int, size: int, mtime_ns: int) -> int:
@@ -69,10 +69,10 @@ def take_slot(device: Device, fd: int, size: int, mtime_ns: int) -> int:
     ino = os.fstat(fd).st_ino
     number = device.native.take_slot(nonce, ino, size, mtime_ns)
     try:
-        os.setxattr(fd, NONCE_ATTRIBUTE, nonce.to_bytes(8, "little"))
+        os.setxattr(fd, _native.NONCE_ATTRIBUTE, nonce.to_bytes(8, "little"))
         os.fsync(fd)
     except OSError:
-        device.native.give_slot_back(number)
+        device.native.give_slot_back(number)  # a nonce that no slot has ties to nothing
         raise
     return number
 
@@ -80,86 +80,111 @@ def take_slot(device: Device, fd: int, size: int, mtime_ns: int) -> int:
 # -- recovery -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Slot:
-    """A slot that was in use when the last mount ended; sizes in bytes."""
-
-    number: int
-    nonce: int
-    ino: int
-    size: int
-    mtime_ns: int
-    grown: int
-
-    def is_ours(self, length: int) -> bool:
-        """Whether a file of this length is one that was growing, and nobody has changed since: it
-        grows by whole pages, and a growth may have been cut anywhere."""
-        return length == self.size or (self.size < length <= self.grown and length % _PAGE == 0)
-
-
 class Recovery:
-    """Brings files that were growing to their logical size, before anything is served."""
+    """Brings files that were growing to their logical size, each before it is served.
+
+    Whoever meets a file first recovers it: the scan, in its thread, or a lookup.  Nothing is made
+    durable there: native/sizes.h says why a power cut does no harm, as long as slots are given
+    back only when all of it is durable, which is what finish does.
+    """
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._slots: dict[int, list[Slot]] = {}
+        self._slots: dict[int, list[Slot]] = {}  # by inode number; stays as it is
         for raw in device.native.slots():
             slot = Slot(*raw)
             self._slots.setdefault(slot.ino, []).append(slot)
+        # What was not looked at yet is in here; the lock is held while one is.
+        self._unseen = set(self._slots)
+        self._lock = threading.Lock()
+        self._finished = False
+        self._unrecovered: dict[int, list[Slot]] = {}
         self.recovered = 0
-        self.refused: list[str] = []
+        self.refused: list[str] = []  # changed by others; served as they are
+        self.unrecovered: list[str] = []  # longer than they should be; not to be opened
+
+    def pending(self, ino: int) -> bool:
+        """Whether file_found has to be asked about a file with this inode number.
+
+        True also when another thread has recovered it: a status from before is stale then.
+        """
+        return ino in self._slots
 
     def file_found(self, dir_fd: int, path: bytes, ino: int) -> bool:
-        """A regular file of the home tree; cuts it when it was growing, which it tells."""
-        slots = self._slots.get(ino)
-        if slots is None:
+        """A regular file of the home tree; cuts it when it was growing.  True: it is as long now
+        as it should be, or cannot be recovered, and what was known of it before is stale."""
+        if ino not in self._slots:
             return False
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
-        except OSError as error:
-            self._slots.pop(ino)  # they stay, for a mount that may open it
-            self._refuse(path, error.strerror or "cannot be opened")
-            return True
-        try:
-            self._apply(fd, path, slots)
-        except OSError as error:
-            self._slots.pop(ino)
-            self._refuse(path, error.strerror or "cannot be cut to its size")
-        finally:
-            os.close(fd)
+        with self._lock:
+            unseen = ino in self._unseen and not self._finished
+            if unseen and self._recover(dir_fd, path, ino):
+                self._unseen.remove(ino)
         return True
 
-    def _apply(self, fd: int, path: bytes, slots: list[Slot]) -> None:
+    def _recover(self, dir_fd: int, path: bytes, ino: int) -> bool:
+        """False when there is no file of this name; by another one it may still be there."""
+        where = os.fsdecode(path)
+        try:
+            where = os.path.join(os.readlink(f"/proc/self/fd/{dir_fd}"), where)
+            fd = os.open(path, os.O_RDWR | _OPEN_FLAGS, dir_fd=dir_fd)
+            try:
+                self._apply(fd, where, self._slots[ino])
+            finally:
+                os.close(fd)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            self._unrecovered[ino] = self._slots[ino]
+            self.unrecovered.append(f"{where}: {error.strerror}")
+            log.error("a file that was growing cannot be recovered: %s", self.unrecovered[-1])
+        return True
+
+    def _apply(self, fd: int, where: str, slots: list[Slot]) -> None:
+        """**Invariant:** a file that is served has no nonce, or one of a slot of this mount; so no
+        later mount cuts what was written to it from now on."""
         nonce, status = _nonce_of(fd), os.fstat(fd)
         slot = next((slot for slot in slots if slot.nonce == nonce), None)
         if slot is None:
-            self._refuse(path, "its slot belongs to another file")
-        elif not slot.is_ours(status.st_size):
-            self._refuse(path, f"changed since it was written to: {status.st_size} bytes")
-        else:
+            return  # sealed, or another file with the number of one that is gone
+        ours = slot.is_ours(status.st_size)
+        if ours:
             os.ftruncate(fd, slot.size)
             os.utime(fd, ns=(status.st_atime_ns, slot.mtime_ns))
-            os.fsync(fd)
+        os.removexattr(fd, _native.NONCE_ATTRIBUTE)
+        if ours:
             self.recovered += 1
-        # Now, and not at the end: a file that is served must not be cut by the next mount.
-        for done in self._slots.pop(status.st_ino):
-            self._device.native.give_slot_back(done.number)
+        else:
+            self.refused.append(f"{where}: {status.st_size} bytes, {slot.size} of ours")
+            log.error("a file that was growing was changed since: %s", self.refused[-1])
 
-    def _refuse(self, path: bytes, why: str) -> None:
-        self.refused.append(f"{os.fsdecode(path)}: {why}")
-        log.error("a file that was growing is left as it is: %s", self.refused[-1])
+    def must_not_be_opened(self, fd: int) -> bool:
+        """Whether this is a file that could not be recovered: its length would be a lie."""
+        slots = self._unrecovered.get(os.fstat(fd).st_ino) if self._unrecovered else None
+        if slots is None:
+            return False
+        nonce = _nonce_of(fd)
+        return any(slot.nonce == nonce for slot in slots)  # else a new file has its number
 
     def finish(self) -> None:
-        """After all files were found: slots of files that are gone are free again."""
-        for slots in self._slots.values():
-            for slot in slots:
+        """After all files were found: makes what was done durable, and gives the slots back, those
+        of files that are gone too.  May block.  An error leaves them all to the next mount."""
+        with self._lock:
+            self._finished = True
+            done = [ino for ino in self._slots if ino not in self._unrecovered]
+        if not self._slots:
+            return
+        _native.syncfs(self._device.fd)
+        for ino in done:
+            for slot in self._slots[ino]:
                 self._device.native.give_slot_back(slot.number)
 
 
 def _nonce_of(fd: int) -> int | None:
     try:
-        return int.from_bytes(os.getxattr(fd, NONCE_ATTRIBUTE), "little")
-    except OSError:
+        return int.from_bytes(os.getxattr(fd, _native.NONCE_ATTRIBUTE), "little")
+    except OSError as error:
+        if error.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+            raise  # it may have one
         return None
 
 
@@ -205,6 +230,10 @@ class Pool:
         """It got no name."""
         self._ready.append(file)
 
+    def give_up(self, file: _native.File) -> None:
+        """It cannot be used: its slot is bad, say."""
+        self._drop(file)
+
     def drain(self) -> None:
         """Gives all of its room back, and leaves it for a while."""
         self._rest_until = trio.current_time() + _REST_S
@@ -226,7 +255,8 @@ class Pool:
         while True:
             while len(self._ready) < self._target() and trio.current_time() >= self._rest_until:
                 try:
-                    file = await self.device.run(partial(self._make, self._new_ino()))
+                    make = partial(_at_low_priority, partial(self._make, self._new_ino()))
+                    file = await self.device.run(make)
                 except OSError as error:
                     log.warning("cannot fill the pool: %s", error.strerror)
                     break
@@ -246,12 +276,7 @@ class Pool:
         except OSError:
             os.close(fd)
             raise
-        try:
-            file = self._front.open_growing(ino, self.device.native, fd, slot)
-        except OSError:
-            self.device.native.give_slot_back(slot)
-            os.close(fd)
-            raise
+        file = self._front.open_growing(ino, self.device.native, fd, slot)
         try:
             file.grow(FIRST_BYTES)
         except OSError:
@@ -260,10 +285,17 @@ class Pool:
         return file
 
 
-def link_into(file: _native.File, dir_fd: int, name: bytes) -> None:
-    """Gives a file of the pool its name; FileExistsError when it is taken."""
-    path = f"/proc/self/fd/{file.data_fd}".encode()
-    os.link(path, name, dst_dir_fd=dir_fd, follow_symlinks=True)
+def _at_low_priority(make: Callable[[], _native.File]) -> _native.File:
+    """Writers go first.  Without privilege a thread could not be given its priority back."""
+    if os.geteuid() != 0:
+        return make()
+    thread = threading.get_native_id()
+    before = os.getpriority(os.PRIO_PROCESS, thread)
+    os.setpriority(os.PRIO_PROCESS, thread, before + _POOL_NICE)
+    try:
+        return make()
+    finally:
+        os.setpriority(os.PRIO_PROCESS, thread, before)
 
 
 async def start(files: OpenFiles, file: OpenFile) -> None:
@@ -273,14 +305,12 @@ async def start(files: OpenFiles, file: OpenFile) -> None:
         if file.native.growing is not None or file.node.stub is not None:
             return  # while this waited at the gate
         status = os.fstat(file.native.data_fd)
+        if status.st_size > WINDOW_BYTES:
+            return
         if os.lseek(file.native.data_fd, 0, os.SEEK_HOLE) < status.st_size:
             return  # preallocated, say: a store into a hole would need room
         slot = take_slot(file.device, file.native.data_fd, status.st_size, status.st_mtime_ns)
-        try:
-            file.native.start_growing(slot)
-        except OSError:
-            file.device.native.give_slot_back(slot)
-            raise
+        file.native.start_growing(slot)
 
     try:
         async with files.used(file):

@@ -4,13 +4,14 @@
     tree/          first fast device only: the home tree, exactly what the mount shows
     shadows/       first fast device only: for each demoted file its size, mode, owner, times
     objects/       data of files that are not in tree/ itself
-    tmp/           stubs about to be renamed into place
+    tmp/           what is about to get its name by a rename
     lost/          what no name refers to any more, for a while
 
 A demoted file is a **stub**, a symlink in the home tree to its **object**, and a **shadow**, an
 empty sparse file named by the object's id.
 """
 
+import errno
 import os
 import re
 import secrets
@@ -33,9 +34,12 @@ STATE_MODES = {SHADOWS: 0o700, OBJECTS: 0o711, TMP: 0o700, LOST: 0o700}
 
 NAME_MAX = 255
 SYMLINK_MAX = 1023  # the shortest limit, that of an ext4 with 1 KiB blocks
+NO_UNNAMED = (errno.EOPNOTSUPP, errno.EISDIR)  # NFS, FUSE
 _SUFFIX = re.compile(rb"~([0-9a-f]{8})\.([0-9a-f]{16})")
 _SUFFIX_LEN = 1 + 8 + 1 + 16
 _OBJECTS_PART = b"/objects/"
+# For who only looks: not even access times change.  Owners may have that, and so may root.
+LOOKING = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_NOATIME if not os.geteuid() else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,11 @@ class DamagedStub(Exception):
 def new_object_id() -> str:
     """An id that no other object of any device has."""
     return secrets.token_hex(8)
+
+
+def is_object_id(text: str) -> bool:
+    """Whether a text can be the id of an object."""
+    return len(text) == 16 and all(digit in "0123456789abcdef" for digit in text)
 
 
 def make_stub(device_id: str, device_path: bytes, path: bytes) -> Stub:
@@ -90,6 +99,25 @@ def looks_like_stub(text: bytes) -> bool:
 def object_id_of(text: bytes) -> str:
     """The object's id in a text that looks like a stub's."""
     return os.fsdecode(text[-16:])
+
+
+def device_id_of(text: bytes) -> str:
+    """The device's id in a text that looks like a stub's."""
+    return os.fsdecode(text[-25:-17])
+
+
+def split_object_name(path: bytes) -> tuple[bytes, str, str] | None:
+    """(the file's path when it moved, device id, object id) of an object's path below objects/;
+    None when it is not named like one."""
+    suffix = _SUFFIX.fullmatch(path[-_SUFFIX_LEN:])
+    if suffix is None or path[-_SUFFIX_LEN - 1 : -_SUFFIX_LEN] in (b"", b"/"):
+        return None
+    return path[:-_SUFFIX_LEN], suffix[1].decode(), suffix[2].decode()
+
+
+def with_device(path: bytes, device_id: str) -> bytes:
+    """An object's path with the id of another device in its name."""
+    return path[: -_SUFFIX_LEN + 1] + device_id.encode() + path[-_SUFFIX_LEN + 9 :]
 
 
 def parse_stub(text: bytes, device_paths: Mapping[str, tuple[bytes, ...]]) -> Stub | None:
@@ -139,6 +167,60 @@ def open_state_directory(device_fd: int, name: str, *, create: bool = True) -> i
     return fd
 
 
+def open_unnamed(dir_fd: int) -> int:
+    """A new file of a directory, without a name yet: a crash leaves nothing of it.  Filesystems
+    that have no such files raise one of NO_UNNAMED."""
+    return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=dir_fd)
+
+
+def give_name(fd: int, dir_fd: int, name: bytes) -> None:
+    """Its name for a file that has none; FileExistsError when it is taken."""
+    os.link(f"/proc/self/fd/{fd}".encode(), name, dst_dir_fd=dir_fd, follow_symlinks=True)
+
+
+def remove(name: bytes, dir_fd: int) -> None:
+    """Whatever it is; of a directory, an empty one."""
+    try:
+        os.unlink(name, dir_fd=dir_fd)
+    except IsADirectoryError:
+        os.rmdir(name, dir_fd=dir_fd)
+
+
+def exists(name: str | bytes, dir_fd: int) -> bool:
+    """Whether a directory has an entry of this name, whatever it is."""
+    try:
+        os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def put_aside(top_fd: int, path: bytes, lost_fd: int, *, durably: bool) -> bytes:
+    """Moves what has no name any more to lost/ of its device; its name there, which says where it
+    was.  Nothing that is there is replaced: the device must be locked, or its names of
+    one object only.
+    """
+    directory, _, name = path.rpartition(b"/")
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    parent_fd = _native.open_beneath(top_fd, directory or b".", flags)
+    try:
+        aside = _free_name(lost_fd, path.replace(b"/", b",")[-NAME_MAX + 4 :])
+        _native.rename(parent_fd, name, lost_fd, aside, 0)
+        if durably:
+            os.fsync(lost_fd)
+            os.fsync(parent_fd)
+    finally:
+        os.close(parent_fd)
+    return aside
+
+
+def _free_name(dir_fd: int, name: bytes) -> bytes:
+    for tried in (name, *(name + b".%d" % number for number in range(1, 1000))):
+        if not exists(tried, dir_fd):
+            return tried
+    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name)
+
+
 def create_shadow(shadows_fd: int, stub: Stub, like: os.stat_result) -> int:
     """A new shadow with the size, mode, owner and times of like; its descriptor."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -151,6 +233,15 @@ def create_shadow(shadows_fd: int, stub: Stub, like: os.stat_result) -> int:
         os.unlink(stub.shadow, dir_fd=shadows_fd)
         raise
     return fd
+
+
+def shadow_status(shadows_fd: int, stub: Stub) -> os.stat_result:
+    """The attributes of a demoted file.  OSError ELOOP when something else is in the place of its
+    shadow: only somebody else can have put it there."""
+    status = os.stat(stub.shadow, dir_fd=shadows_fd, follow_symlinks=False)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.ELOOP, f"shadows/{stub.object_id} is not a file")
+    return status
 
 
 def copy_attributes(source: os.stat_result, fd: int) -> None:

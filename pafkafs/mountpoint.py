@@ -12,6 +12,8 @@ from pafkafs.errors import PafkafsError
 
 FILESYSTEM_TYPE = "fuse.pafkafs"
 _IO_BYTES_MAX = 1 << 20
+# What a disk may do; the defaults of FUSE are timid.  Names below /sys/class/bdi/MAJ:MIN.
+PAGE_CACHE = {"max_ratio": "100", "strict_limit": "0", "read_ahead_kb": "1024"}
 
 
 @dataclass(frozen=True)
@@ -147,8 +149,8 @@ def detach(mountpoint: str, *, lazy: bool) -> None:
 
 
 def tune_page_cache(mounted: Mounted) -> None:
-    """Lets the mount dirty and read ahead as a disk may; the defaults for FUSE are timid."""
-    for name, value in (("max_ratio", "100"), ("strict_limit", "0"), ("read_ahead_kb", "1024")):
+    """Lets the mount dirty memory and read ahead as a disk may."""
+    for name, value in PAGE_CACHE.items():
         path = f"/sys/class/bdi/{mounted.device}/{name}"
         try:
             with open(path, "w", encoding="ascii") as setting:

@@ -5,22 +5,25 @@ thread runs them all, inline.
 """
 
 import errno
+import math
 import os
 import stat
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import trio
 
 from pafkafs import _native, kafka, layout
 from pafkafs.attributes import Changes, apply_changes
+from pafkafs.catalogue import Catalogue, Directory, Entry
 from pafkafs.device import Device, Home
 from pafkafs.files import LONG_FREE, OpenFile, OpenFiles
-from pafkafs.growing import Pool, link_into
-from pafkafs.nodes import Attributes, Node
+from pafkafs.growing import Pool
+from pafkafs.nodes import Attributes, Node, NodeTable
 from pafkafs.objects import ObjectUpkeep
+from pafkafs.survey import Survey
 from pafkafs.tree import Tree, is_bulk_name
 
 RENAME_NOREPLACE = 1
@@ -62,25 +65,30 @@ class _Pin(AbstractContextManager["_Pin"]):
 class Namespace(Tree):
     """Names that come and go.
 
-    place decides on which device a new file starts; with durable_names (power mode) what makes
-    a name returns when the name survives a power cut.
+    place decides on which device a new file of a directory starts; with durable_names (power mode)
+    what makes a name returns when the name survives a power cut.
     """
 
     def __init__(
         self,
         home: Home,
         devices: dict[str, Device],
+        nodes: NodeTable,
         files: OpenFiles,
         upkeep: ObjectUpkeep,
-        place: Callable[[bool], Device],
+        catalogue: Catalogue,
+        survey: Survey,
+        place: Callable[[Directory, bool], Device],
         *,
+        pool: Pool | None,
+        learns_segment_size: bool,
         durable_names: bool,
     ) -> None:
-        super().__init__(home, devices, files, upkeep)
+        super().__init__(home, devices, nodes, files, upkeep, catalogue, survey)
         self._place = place
         self._durable_names = durable_names
-        self.pool: Pool | None = None  # of new segments in persistent memory
-        self.segment_size_given = False  # else it is learned
+        self._pool = pool  # of new segments in persistent memory
+        self._learns_segment_size = learns_segment_size
         self._privileged = os.geteuid() == 0
 
     # -- making -------------------------------------------------------------------------------
@@ -91,18 +99,18 @@ class Namespace(Tree):
         """A new regular file on the device that placement chooses, and a handle of it."""
         self._check_inodes()
         bulk = is_bulk_name(parent, name)
-        device = self._place(bulk)
+        directory = self._known(parent)
+        device = self._place(directory, bulk)
         if device is self.home_device:
-            pooled = self.pool.take() if bulk and self.pool is not None else None
-            if pooled is not None:
-                file = self._create_growing(parent, name, mode, caller, pooled)
-            else:
+            file = self._create_growing(parent, name, mode, caller) if bulk else None
+            if file is None:
                 file = self._create_plain(parent, name, mode, caller)
         else:
             file = self._create_object(parent, name, mode, caller, device)
         device.files += 1
         self.nodes.add_name(file.node, parent, name)
-        if self.pool is not None and bulk:
+        self._put(directory, parent, name, file.node)
+        if self._pool is not None and bulk:
             self._seal_older(parent, name)
             self.files.note_growing(file)
         handle = self.files.add_handle(file)
@@ -113,6 +121,40 @@ class Namespace(Tree):
             raise
         return file.node, handle
 
+    def _known(self, directory: Node) -> Directory:
+        """The directory in the catalogue; what was in it before is known, and is counted."""
+        return self.survey.know(directory, self.nodes.directory_fd(directory))
+
+    def _put(
+        self,
+        directory: Directory,
+        parent: Node,
+        name: bytes,
+        node: Node,
+        moved_s: float = -math.inf,
+    ) -> None:
+        """A node got this name.  What it seals is looked at for the last time."""
+        if kafka.segment_base_offset(name) is None or node.refused:
+            return
+        attributes = self.attributes(node)
+        if attributes.nlink > 1 or not stat.S_ISREG(attributes.status.st_mode):
+            return
+        place = self.place_of(node, attributes)
+        sealed = self.catalogue.put(directory, name, place, moved_s)
+        if sealed is None:
+            return
+        before = self._if_there(parent, kafka.segment_name(sealed.base_offset))
+        if before is not None:
+            self.refresh(before)
+            self.nodes.drop_if_unused(before)
+
+    def arrived(self, node: Node, why: str) -> None:
+        """The data of a node is on another device now."""
+        entry = self.entry(node)
+        if entry is not None:
+            place = self.place_of(node, self.attributes(node))
+            self.catalogue.moved(entry, place, time.monotonic(), why)
+
     def _check_inodes(self) -> None:
         """Leaves inodes for the stubs and shadows of files that have to move."""
         status = os.fstatvfs(self.home.tree_fd)
@@ -121,16 +163,24 @@ class Namespace(Tree):
             raise OSError(errno.ENOSPC, "no inodes left but the reserve")
 
     def _create_plain(self, parent: Node, name: bytes, mode: int, caller: Caller) -> OpenFile:
+        """It gets its name last: a crash leaves no name that its owner cannot open."""
         parent_fd = self.nodes.directory_fd(parent)
-        fd = os.open(name, _CREATE_FLAGS, 0o600, dir_fd=parent_fd)
+        try:
+            fd = layout.open_unnamed(parent_fd)
+        except OSError as error:
+            if error.errno not in layout.NO_UNNAMED:
+                raise
+            with self._made_for(parent, name, mode, caller) as (where, new):
+                os.mknod(new, stat.S_IFREG | 0o600, dir_fd=where)
+            return self.opened(self.lookup(parent, name))
         try:
             self._give_to(fd, parent_fd, mode, caller)
             status = os.fstat(fd)
-            node = self.nodes.obtain(status.st_ino, status, None)
+            layout.give_name(fd, parent_fd, name)
         except OSError:
             os.close(fd)
-            os.unlink(name, dir_fd=parent_fd)
             raise
+        node = self.nodes.obtain(status.st_ino, status, None)
         return self.files.attach_plain(node, self.home_device, fd, read_only=False)
 
     def _seal_older(self, parent: Node, name: bytes) -> None:
@@ -140,26 +190,32 @@ class Namespace(Tree):
         for file in self.files.growing_in(parent):
             rolled_at, _ = file.native.growing or (0, 0)
             native = self.home_device.native
-            if not self.segment_size_given:
+            if self._learns_segment_size:
                 native.segment_bytes = max(native.segment_bytes, rolled_at)
             self.files.start_soon(self.files.seal, file)
 
     def _create_growing(
-        self, parent: Node, name: bytes, mode: int, caller: Caller, pooled: _native.File
-    ) -> OpenFile:
-        """From the pool."""
-        assert self.pool is not None
+        self, parent: Node, name: bytes, mode: int, caller: Caller
+    ) -> OpenFile | None:
+        """From the pool; None when there is none that can be used."""
+        pooled = self._pool.take() if self._pool is not None else None
+        if self._pool is None or pooled is None:
+            return None
         parent_fd = self.nodes.directory_fd(parent)
         try:
-            self._give_to(pooled.data_fd, parent_fd, mode, caller)
             made_ns = time.time_ns()
             os.utime(pooled.data_fd, ns=(made_ns, made_ns))
             pooled.set_mtime(made_ns)
-            link_into(pooled, parent_fd, name)
         except OSError:
-            self.pool.put_back(pooled)
+            self._pool.give_up(pooled)
+            return None
+        try:
+            self._give_to(pooled.data_fd, parent_fd, mode, caller)
+            status = os.fstat(pooled.data_fd)  # nothing may fail once it has its name
+            layout.give_name(pooled.data_fd, parent_fd, name)
+        except OSError:
+            self._pool.put_back(pooled)
             raise
-        status = os.fstat(pooled.data_fd)
         node = self.nodes.obtain(status.st_ino, status, None, ino=pooled.ino)
         return self.files.attach_growing(node, self.home_device, pooled)
 
@@ -170,6 +226,7 @@ class Namespace(Tree):
         parent_fd = self.nodes.directory_fd(parent)
         path = os.path.join(parent.path(), name)
         stub = layout.make_stub(device.id, device.path, path)
+        self.files.object_made(stub.object_id)  # before anybody takes its shadow for garbage
         fd = os.open(stub.shadow, _CREATE_FLAGS, 0o600, dir_fd=self.home.shadows_fd)
         try:
             self._give_to(fd, parent_fd, mode, caller)
@@ -185,8 +242,8 @@ class Namespace(Tree):
         return file
 
     def _give_to(self, fd: int, parent_fd: int, mode: int, caller: Caller) -> None:
-        if self._privileged:
-            os.fchown(fd, caller.uid, self._group_for(parent_fd, caller))
+        if (owner := self._owner_for(parent_fd, caller)) is not None:
+            os.fchown(fd, *owner)
         os.fchmod(fd, stat.S_IMODE(mode))
 
     @staticmethod
@@ -197,53 +254,90 @@ class Namespace(Tree):
     async def mkdir(self, parent: Node, name: bytes, mode: int, caller: Caller) -> Node:
         """A new directory; it inherits set-group-id."""
         self._check_inodes()
-        parent_fd = self.nodes.directory_fd(parent)
-        inherited = os.stat(parent_fd).st_mode & stat.S_ISGID
-        os.mkdir(name, 0o700, dir_fd=parent_fd)
-        self._give_name_to(parent_fd, name, stat.S_IMODE(mode) | inherited, caller)
+        self._known(parent)
+        inherited = os.stat(self.nodes.directory_fd(parent)).st_mode & stat.S_ISGID
+        with self._made_for(parent, name, stat.S_IMODE(mode) | inherited, caller) as (where, new):
+            # Without privilege a chmod could lose the set-group-id that it inherits.
+            os.mkdir(new, 0o700 if self._privileged else stat.S_IMODE(mode), dir_fd=where)
         await self.name_made(parent)
         return self.lookup(parent, name)
 
     async def mknod(self, parent: Node, name: bytes, mode: int, rdev: int, caller: Caller) -> Node:
         """A fifo, a socket, a device node, or an empty regular file."""
         self._check_inodes()
-        parent_fd = self.nodes.directory_fd(parent)
-        os.mknod(name, stat.S_IFMT(mode) | 0o600, rdev, dir_fd=parent_fd)
-        self._give_name_to(parent_fd, name, stat.S_IMODE(mode), caller)
+        directory = self._known(parent)
+        with self._made_for(parent, name, stat.S_IMODE(mode), caller) as (where, new):
+            os.mknod(new, stat.S_IFMT(mode) | 0o600, rdev, dir_fd=where)
+        node = self.lookup(parent, name)
         if stat.S_ISREG(mode):
             self.home_device.files += 1
+            self._put(directory, parent, name, node)
         await self.name_made(parent)
-        return self.lookup(parent, name)
+        return node
 
     async def symlink(self, parent: Node, name: bytes, text: bytes, caller: Caller) -> Node:
         """An ordinary symlink; a text that could be taken for a stub's is refused."""
         if layout.looks_like_stub(text):
             raise PermissionError(errno.EPERM, "the text of this symlink is reserved")
         self._check_inodes()
-        parent_fd = self.nodes.directory_fd(parent)
-        os.symlink(text, name, dir_fd=parent_fd)
-        if self._privileged:
-            group = self._group_for(parent_fd, caller)
-            os.chown(name, caller.uid, group, dir_fd=parent_fd, follow_symlinks=False)
+        self._known(parent)
+        with self._made_for(parent, name, 0o777, caller) as (where, new):
+            os.symlink(text, new, dir_fd=where)
         await self.name_made(parent)
         return self.lookup(parent, name)
 
-    def _give_name_to(self, parent_fd: int, name: bytes, mode: int, caller: Caller) -> None:
-        """Through a descriptor: whoever owns the directory could plant a symlink meanwhile."""
-        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent_fd)
+    @contextmanager
+    def _made_for(
+        self, parent: Node, name: bytes, mode: int, caller: Caller
+    ) -> Iterator[tuple[int, bytes]]:
+        """The block makes something, where and by the name that it is given: in tmp/, where it gets
+        its owner and mode, and only then its own name, or a crash would leave one that its owner
+        cannot use.  Without privilege it is always ours, and made where it belongs: a directory
+        that may not be written to could not be moved.
+
+        Atomic for the trio thread, which alone makes names: one that is free stays so.
+        """
+        parent_fd, tmp_fd = self.nodes.directory_fd(parent), self.home.tmp_fd
+        if layout.exists(name, parent_fd):
+            raise FileExistsError(errno.EEXIST, "it is there already")
+        if not self._privileged:
+            yield parent_fd, name
+            self._give_name_to(parent_fd, name, mode, None)
+            return
+        new = layout.new_object_id().encode()
+        yield tmp_fd, new
         try:
-            changes = Changes(mode=mode)
-            if self._privileged:
-                group = self._group_for(parent_fd, caller)
-                changes = Changes(mode=mode, uid=caller.uid, gid=group)
-            if not stat.S_ISLNK(os.fstat(fd).st_mode):
-                apply_changes(f"/proc/self/fd/{fd}", changes)
+            self._give_name_to(tmp_fd, new, mode, self._owner_for(parent_fd, caller))
+            _native.rename(tmp_fd, new, parent_fd, name, 0)
+        except OSError:
+            layout.remove(new, tmp_fd)
+            raise
+
+    def _owner_for(self, parent_fd: int, caller: Caller) -> tuple[int, int] | None:
+        """None: without privilege it is ours."""
+        return (caller.uid, self._group_for(parent_fd, caller)) if self._privileged else None
+
+    @staticmethod
+    def _give_name_to(dir_fd: int, name: bytes, mode: int, owner: tuple[int, int] | None) -> None:
+        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+        try:
+            status = os.fstat(fd)
+            if stat.S_ISLNK(status.st_mode):
+                if owner is not None:
+                    os.chown(name, *owner, dir_fd=dir_fd, follow_symlinks=False)
+                return
+            if owner is None and stat.S_IMODE(status.st_mode) == mode:
+                return
+            uid, gid = owner or (None, None)
+            apply_changes(f"/proc/self/fd/{fd}", Changes(mode=mode, uid=uid, gid=gid))
         finally:
             os.close(fd)
 
     async def link(self, node: Node, parent: Node, name: bytes) -> Node:
         """A further name; of a demoted file, of its stub."""
         old_parent, old_name = node.names[0]
+        self._known(old_parent)
+        self._known(parent)
         os.link(
             old_name,
             name,
@@ -252,6 +346,8 @@ class Namespace(Tree):
             follow_symlinks=False,
         )
         self.nodes.add_name(node, parent, name)
+        for where, known in node.names:
+            self.catalogue.remove(where.key, known)  # one rename replaces one name: it stays
         self._links_changed(node)
         self.names_changed(node)
         await self.name_made(parent)
@@ -279,6 +375,7 @@ class Namespace(Tree):
 
     def unlink(self, parent: Node, name: bytes) -> None:
         """Removes a name; with the last one the file, once it is closed."""
+        self._known(parent)
         parent_fd = self.nodes.directory_fd(parent)
         status = os.stat(name, dir_fd=parent_fd, follow_symlinks=False)
         node = self.node_of(parent, parent_fd, name, status)
@@ -299,11 +396,13 @@ class Namespace(Tree):
     def rmdir(self, parent: Node, name: bytes) -> None:
         """Removes an empty directory, which may still be open."""
         node = self.lookup(parent, name)
+        self._known(parent)
         self.nodes.pin_directory(node)
         os.rmdir(name, dir_fd=self.nodes.directory_fd(parent))
         self._directory_gone(node)
 
     def _directory_gone(self, node: Node) -> None:
+        self.survey.directory_gone(node.key)
         self.nodes.clear_names(node)
         self.nodes.release_key(node)
         self.nodes.drop_if_unused(node)
@@ -318,10 +417,14 @@ class Namespace(Tree):
         pin: _Pin,
     ) -> None:
         self.nodes.remove_name(node, parent, name)
+        self.catalogue.remove(parent.key, name)
         if before.nlink > 1 or not stat.S_ISREG(before.status.st_mode):
             if node.stub is not None and node.file is not None:
                 node.file.native.nlink = before.nlink - 1
             self.names_changed(node)
+            if before.nlink == 2:
+                for where, left in node.names:  # it may move again
+                    self._put(self._known(where), where, left, node)
             if not node.names and node.fd is None:
                 node.fd = pin.take()  # without a name that we know, it is all that reaches it
         else:
@@ -335,7 +438,7 @@ class Namespace(Tree):
         """The last name of a regular file was removed."""
         device = self.home_device if node.stub is None else self.devices[node.stub.device_id]
         if node.refused:
-            self.damaged.pop(before.status.st_ino, None)
+            self.survey.damaged.pop(before.status.st_ino, None)
         else:
             device.files -= 1
         node.gone = before.status
@@ -356,6 +459,7 @@ class Namespace(Tree):
         """The last handle of a file is gone: without a name its data goes too."""
         node = file.node
         if node.gone is None:
+            self.refresh(node)
             return
         if node.stub is not None:
             self.upkeep.remove(node.stub)
@@ -372,6 +476,8 @@ class Namespace(Tree):
         target = self._if_there(new_parent, new)
         if target is moved:
             return
+        self._known(old_parent)
+        self._known(new_parent)
         old_fd = self.nodes.directory_fd(old_parent)
         new_fd = self.nodes.directory_fd(new_parent)
         if target is None or flags & RENAME_EXCHANGE:
@@ -391,6 +497,11 @@ class Namespace(Tree):
                 _native.rename(old_fd, old, new_fd, new, flags)
                 self._renamed(moved, old_parent, old, new_parent, new)
                 self._name_gone(target, new_parent, new, before, new_fd, pin)
+        before_old = self.catalogue.remove(old_parent.key, old)
+        before_new = self.catalogue.remove(new_parent.key, new)
+        self._took_name(moved, new_parent, new, before_old)
+        if target is not None and flags & RENAME_EXCHANGE:
+            self._took_name(target, old_parent, old, before_new)
         await self.name_made(new_parent, *([] if old_parent is new_parent else [old_parent]))
 
     def _if_there(self, parent: Node, name: bytes) -> Node | None:
@@ -403,3 +514,12 @@ class Namespace(Tree):
         self.nodes.remove_name(node, old_parent, old)
         self.nodes.add_name(node, parent, new)
         self.names_changed(node)
+
+    def _took_name(self, node: Node, parent: Node, name: bytes, before: Entry | None) -> None:
+        """Tells the catalogue, which had it as before."""
+        directory = self._known(parent)
+        if node.is_directory:
+            self.catalogue.directory(node.key, directory, name)
+        else:
+            moved_s = -math.inf if before is None else before.moved_s
+            self._put(directory, parent, name, node, moved_s)

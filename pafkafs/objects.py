@@ -6,13 +6,13 @@ The namespace never waits for a slow device; it leaves word here.
 import errno
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import trio
 
 from pafkafs import _native
 from pafkafs.device import Device, Home
-from pafkafs.layout import Stub, copy_attributes, reopen_directory, sync_all
+from pafkafs.layout import Stub, copy_attributes, reopen_directory, shadow_status, sync_all
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,11 @@ class _Queue:
 class ObjectUpkeep:
     """The work left to do on the objects of a mount.  A device that hangs holds up its own."""
 
-    def __init__(self, home: Home, devices: Mapping[str, Device]) -> None:
+    def __init__(
+        self, home: Home, devices: Mapping[str, Device], is_counted: Callable[[Stub], bool]
+    ) -> None:
+        """is_counted tells, once, whether the room of an object counts as used."""
+        self._is_counted = is_counted
         self._home = home
         self._devices = devices
         self._queues = {id: _Queue() for id in devices}
@@ -44,7 +48,9 @@ class ObjectUpkeep:
         self._sync_failed = False  # no removal of a name is known to be durable any more
         self._pins: list[tuple[int, Device, int]] = []
         self._wake_free = trio.Event()
-        self.kept: set[str] = set()  # ids of objects with several stubs: never removed
+        # Ids of objects with several stubs: never removed.  None until all stubs are known:
+        # nothing is removed before.
+        self._kept: set[str] | None = None
 
     def stub_removed(self, parent_fd: int) -> None:
         """A stub is gone from this directory, which was not fsynced since."""
@@ -56,8 +62,13 @@ class ObjectUpkeep:
         """Nothing refers to this object and its shadow any more."""
         queue = self._queues[stub.device_id]
         queue.attributes.pop(stub.object_id, None)
-        if stub.object_id not in self.kept:
-            queue.removals.append((stub, counted))
+        queue.removals.append((stub, counted))
+        queue.wake.set()
+
+    def stubs_are_known(self, kept: set[str]) -> None:
+        """Objects may be removed from now on, but not those that several stubs have."""
+        self._kept = kept
+        for queue in self._queues.values():
             queue.wake.set()
 
     def free(self, pin: int, device: Device, count: int) -> None:
@@ -109,7 +120,7 @@ class ObjectUpkeep:
         """What a cancelled caller leaves undone stays in the queue."""
         queue.wake = trio.Event()
         attributes, queue.attributes = queue.attributes, {}
-        removals = list(queue.removals)
+        removals = list(queue.removals) if self._kept is not None else []
         if attributes:
             stubs = list(attributes.values())
             try:
@@ -136,7 +147,7 @@ class ObjectUpkeep:
     def _copy_attributes(self, device: Device, stubs: list[Stub]) -> None:
         for stub in stubs:
             try:
-                shadow = os.stat(stub.shadow, dir_fd=self._home.shadows_fd, follow_symlinks=False)
+                shadow = shadow_status(self._home.shadows_fd, stub)
                 flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
                 fd = _native.open_beneath(device.objects_fd, stub.object, flags)
                 try:
@@ -150,9 +161,11 @@ class ObjectUpkeep:
 
     def _remove(self, device: Device, removals: list[tuple[Stub, bool]]) -> None:
         for stub, counted in removals:
+            if stub.object_id in (self._kept or ()):
+                continue
             try:
                 freed = remove_object(device, stub)
-                device.native.add_used(-freed if counted else 0)
+                device.native.add_used(-freed if counted and self._is_counted(stub) else 0)
             except OSError as error:
                 # The shadow stays too: at the next mount both are garbage.
                 _report(device, stub, "cannot remove", error)
@@ -161,6 +174,8 @@ class ObjectUpkeep:
                 os.unlink(stub.shadow, dir_fd=self._home.shadows_fd)
             except FileNotFoundError:
                 continue
+            except OSError as error:
+                _report(device, stub, "cannot remove the shadow of", error)
 
 
 def remove_object(device: Device, stub: Stub) -> int:

@@ -1,4 +1,4 @@
-"""What a mount finds: usage, stubs, and what changed while nothing was mounted.
+"""What changed while nothing was mounted: brings shadows up to date with their objects.
 
 A Kafka that ran on tree/ itself may have appended to objects, truncated them, or removed stubs.
 Objects win over their shadows; what lost its stub is garbage (see there).
@@ -7,148 +7,40 @@ Objects win over their shadows; what lost its stub is garbage (see there).
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import trio
 
-from pafkafs import _native, growing, layout
+from pafkafs import _native, layout
+from pafkafs.catalogue import Directory, Place
 from pafkafs.device import Device, Home
+from pafkafs.files import open_shadow
 from pafkafs.layout import Stub
 from pafkafs.namespace import Namespace
+from pafkafs.survey import Survey, stubs_in
 
 log = logging.getLogger(__name__)
 
-# Serving waits so long for objects to be compared with their shadows; the rest is compared
-# afterwards, and at the first I/O of each.
-COMPARE_BEFORE_SERVING_S = 2.0
+# Objects that are looked at in one hop to a thread: a disk that seeks for each one is not to be
+# taken for one that hangs.
 _CHUNK = 256
-
-
-@dataclass
-class Scan:
-    """The home tree as it was before serving began."""
-
-    plain_bytes: int = 0
-    plain_files: int = 0
-    stubs: dict[str, Stub] = field(default_factory=dict)  # by object id
-    copied: set[str] = field(default_factory=set)  # ids that several stubs have
-    damaged: dict[int, bytes] = field(default_factory=dict)  # inodes of refused stubs: where
-    refused: set[str] = field(default_factory=set)  # ids in the texts of the damaged stubs
-    unreadable: str | None = None  # a directory that could not be read, and why
-    no_shadow: dict[str, Stub] = field(default_factory=dict)
-
-
-def scan_tree(
-    home: Home,
-    devices: Mapping[str, Device],
-    paths: dict[str, tuple[bytes, ...]],
-    sizes: growing.Recovery | None,
-) -> Scan:
-    """Reads the whole home tree; stubs of devices that moved are rewritten on the way, and files
-    that were growing are cut to their size."""
-    scan = Scan()
-    moved: dict[int, bytes] = {}  # inode of a rewritten stub: where its new one is
-    inodes: dict[str, int] = {}
-    counted: set[int] = set()
-    for path, status in _walk(home.tree_fd, partial(_note_unreadable, scan)):
-        if stat.S_ISREG(status.st_mode):
-            if sizes is not None and sizes.file_found(home.tree_fd, path, status.st_ino):
-                status = os.stat(path, dir_fd=home.tree_fd, follow_symlinks=False)
-            _count_plain(scan, status, counted)
-        elif stat.S_ISLNK(status.st_mode):
-            stub = _read_stub(scan, home, path, status.st_ino, paths)
-            if stub is None:
-                continue
-            device = devices[stub.device_id]
-            if inodes.setdefault(stub.object_id, status.st_ino) != status.st_ino:
-                scan.copied.add(stub.object_id)
-            scan.stubs[stub.object_id] = stub
-            text = os.readlink(path, dir_fd=home.tree_fd)
-            if text != layout.stub_text(device.path, stub):
-                _rewrite(home, device, path, stub, status.st_ino, moved)
-    _find_missing_shadows(scan, home)
-    return scan
-
-
-def _note_unreadable(scan: Scan, error: OSError) -> None:
-    where = error.filename
-    name = os.fsdecode(where) if isinstance(where, bytes | str) else "tree"
-    log.error("cannot read %s: %s", name, error.strerror)
-    scan.unreadable = f"{name} ({error.strerror})"
-
-
-def _walk(
-    tree_fd: int, on_error: Callable[[OSError], None]
-) -> Iterator[tuple[bytes, os.stat_result]]:
-    """Path and status of everything below, directories left out, symlinks not followed."""
-    walk = os.fwalk(b".", dir_fd=tree_fd, follow_symlinks=False, onerror=on_error)
-    for directory, _, names, fd in walk:
-        for name in names:
-            try:
-                status = os.stat(name, dir_fd=fd, follow_symlinks=False)
-            except FileNotFoundError:
-                continue
-            yield os.path.normpath(os.path.join(directory, name)), status
-
-
-def _count_plain(scan: Scan, status: os.stat_result, counted: set[int]) -> None:
-    if status.st_nlink > 1:
-        if status.st_ino in counted:
-            return
-        counted.add(status.st_ino)
-    scan.plain_files += 1
-    scan.plain_bytes += status.st_blocks * 512
-
-
-def _read_stub(
-    scan: Scan, home: Home, path: bytes, inode: int, paths: dict[str, tuple[bytes, ...]]
-) -> Stub | None:
-    text = os.readlink(path, dir_fd=home.tree_fd)
-    try:
-        return layout.parse_stub(text, paths)
-    except layout.DamagedStub as error:
-        log.error("refused stub %s -> %s", os.fsdecode(path), error)
-        scan.damaged[inode] = path
-        scan.refused.add(layout.object_id_of(text))
-        return None
-
-
-def _rewrite(
-    home: Home, device: Device, path: bytes, stub: Stub, inode: int, moved: dict[int, bytes]
-) -> None:
-    """The device is mounted elsewhere now.  Names of one stub stay names of one stub."""
-    if inode in moved:
-        os.link(
-            moved[inode],
-            stub.shadow,
-            src_dir_fd=home.tree_fd,
-            dst_dir_fd=home.tmp_fd,
-            follow_symlinks=False,
-        )
-        _native.rename(home.tmp_fd, stub.shadow, home.tree_fd, path, 0)
-        return
-    layout.replace_with_stub(home.tmp_fd, home.tree_fd, path, device.path, stub)
-    moved[inode] = path
-
-
-def _find_missing_shadows(scan: Scan, home: Home) -> None:
-    present = set(os.listdir(home.shadows_fd))
-    scan.no_shadow = {i: stub for i, stub in scan.stubs.items() if i not in present}
+_TRIES = 5  # to read a directory that is moved meanwhile
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """An object as it was found; status is None when it is missing."""
+    """The object of a stub as it was found; status is None when it is missing."""
 
+    name: bytes
     stub: Stub
     status: os.stat_result | None
 
 
-def compare(device: Device, stubs: list[Stub]) -> list[Comparison]:
+def compare(device: Device, stubs: list[tuple[bytes, Stub]]) -> list[Comparison]:
     """Looks at objects.  May block."""
-    return [Comparison(stub, _object_status(device, stub)) for stub in stubs]
+    return [Comparison(name, stub, _object_status(device, stub)) for name, stub in stubs]
 
 
 def _object_status(device: Device, stub: Stub) -> os.stat_result | None:
@@ -170,67 +62,122 @@ def _attributes_of(status: os.stat_result) -> tuple[int, ...]:
     return (mode, status.st_uid, status.st_gid) if os.geteuid() == 0 else (mode,)
 
 
-class Reconciler:
-    """Brings shadows up to date with their objects after a mount."""
+def _changed_ns(shadow: os.stat_result) -> int:
+    """When the mount changed a file for the last time: its mtime may have been set to less."""
+    return max(shadow.st_mtime_ns, shadow.st_ctime_ns)
 
-    def __init__(self, namespace: Namespace, home: Home, scan: Scan) -> None:
+
+class Reconciler:
+    """Compares the objects of the stubs that the survey finds, each device by itself."""
+
+    def __init__(
+        self, namespace: Namespace, home: Home, survey: Survey, invalidate: Callable[[int], None]
+    ) -> None:
+        """invalidate makes the kernel forget the attributes of an inode number."""
         self._namespace = namespace
         self._home = home
-        self._scan = scan
-        self.done: dict[str, trio.Event] = {}
-        self.changed_nodes: list[int] = []
+        self._survey = survey
+        self._invalidate = invalidate
+        self.done = {id: trio.Event() for id in survey.with_stubs}
 
     async def run(self, device: Device) -> None:
-        """Compares all objects of a device."""
-        done = self.done.setdefault(device.id, trio.Event())
-        mine = [stub for stub in self._scan.stubs.values() if stub.device_id == device.id]
-        counted = 0
-        for start in range(0, len(mine), _CHUNK):
-            chunk = mine[start : start + _CHUNK]
+        """Compares all objects of a device that were there at the mount."""
+        async for directory in self._survey.with_stubs[device.id]:
             try:
-                found = await device.run(partial(compare, device, chunk))
+                for left in reversed(range(_TRIES)):
+                    if await self._compare(device, directory, last=not left):
+                        break
             except OSError as error:
                 device.failed(f"cannot read objects/: {error.strerror}")
                 return
-            for comparison in found:
-                counted += self._settle(device, comparison)
-        device.native.add_used(counted if device.capacity_option >= 0 else 0)
-        done.set()
+        self.done[device.id].set()
 
-    def _settle(self, device: Device, found: Comparison) -> int:
+    async def _compare(self, device: Device, directory: Directory, *, last: bool) -> bool:
+        """False when the directory was moved meanwhile."""
+        path = directory.path
+        try:
+            stubs = await trio.to_thread.run_sync(
+                lambda: list(
+                    stubs_in(self._home, path, directory.ino, device.id, self._survey.paths)
+                )
+            )
+        except FileNotFoundError:
+            return last  # removed, perhaps
+        for start in range(0, len(stubs), _CHUNK):
+            chunk = stubs[start : start + _CHUNK]
+            for found in await device.run(partial(compare, device, chunk)):
+                size = self._settle(device, directory, found)
+                if self._survey.take_uncounted(found.stub.object_id):
+                    device.reserve(size)
+        return True
+
+    def _settle(self, device: Device, directory: Directory, found: Comparison) -> int:
         """Applies one comparison, atomically for the trio thread; the object's bytes."""
         stub, status = found.stub, found.status
         opened = self._namespace.files.opened_objects
         if status is None:
-            self._missing(device, stub)
+            if self._survey.is_there(directory, found.name, found.stub):
+                self._missing(device, stub)
             return 0
         if opened is not None and stub.object_id in opened:
             return status.st_blocks * 512  # its first I/O compares, or already did
         try:
-            shadow = os.stat(stub.shadow, dir_fd=self._home.shadows_fd, follow_symlinks=False)
+            shadow = layout.shadow_status(self._home.shadows_fd, stub)
         except FileNotFoundError:
-            if stub.object_id in self._scan.no_shadow:
-                os.close(layout.create_shadow(self._home.shadows_fd, stub, status))
+            self._restore_shadow(directory, found, status)
+            return status.st_blocks * 512
+        except OSError as error:
+            device.failed(f"{os.fsdecode(stub.object)}: {error.strerror}")
             return status.st_blocks * 512
         if _attributes_of(shadow) != _attributes_of(status):
             self._namespace.upkeep.attributes_changed(stub)  # a change that did not get there
-        if shadow.st_size != status.st_size or status.st_mtime_ns > shadow.st_mtime_ns:
+        if stub.object_id in self._namespace.files.unsynced_objects:
+            return status.st_blocks * 512  # its times were set just now, and are on their way
+        if shadow.st_size != status.st_size or status.st_mtime_ns > _changed_ns(shadow):
             self._update_shadow(stub, shadow, status)
+        elif status.st_mtime_ns > shadow.st_mtime_ns:
+            self._namespace.upkeep.attributes_changed(stub)  # a utimens that did not get there
+        self._note(directory, found, status)
         return status.st_blocks * 512
 
+    def _restore_shadow(
+        self, directory: Directory, found: Comparison, status: os.stat_result
+    ) -> None:
+        """Unless it is gone because the file was removed."""
+        if not self._survey.is_there(directory, found.name, found.stub):
+            return
+        os.close(layout.create_shadow(self._home.shadows_fd, found.stub, status))
+        number = list(self._namespace.devices).index(found.stub.device_id)
+        place = Place(number, status.st_blocks * 512, status.st_mtime_ns)
+        self._namespace.catalogue.found(directory, [(found.name, place)])
+
+    def _note(self, directory: Directory, found: Comparison, status: os.stat_result) -> None:
+        """What an object takes is known only now."""
+        if status.st_nlink > 1:
+            return
+        entry = self._namespace.catalogue.entry(directory.ino, found.name)
+        if entry is not None:
+            place = Place(
+                entry.device, status.st_blocks * 512, max(entry.mtime_ns, status.st_mtime_ns)
+            )
+            self._namespace.catalogue.put(directory, found.name, place)
+
     def _update_shadow(self, stub: Stub, shadow: os.stat_result, status: os.stat_result) -> None:
-        path = f"/proc/self/fd/{self._home.shadows_fd}/{stub.object_id}"
-        os.truncate(path, status.st_size)
-        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        fd = open_shadow(stub.shadow, self._home.shadows_fd)
+        try:
+            os.ftruncate(fd, status.st_size)
+            os.utime(fd, ns=(status.st_atime_ns, status.st_mtime_ns))
+        finally:
+            os.close(fd)
         node = self._namespace.nodes.known(shadow.st_ino)
         if node is not None:
-            self.changed_nodes.append(node.ino)
+            self._invalidate(node.ino)
         log.info("%s was changed behind the mount", os.fsdecode(stub.object))
 
     def _missing(self, device: Device, stub: Stub) -> None:
         try:
-            shadow = os.stat(stub.shadow, dir_fd=self._home.shadows_fd, follow_symlinks=False)
-        except FileNotFoundError:
+            shadow = layout.shadow_status(self._home.shadows_fd, stub)
+        except OSError:
             shadow = None
         if shadow is None or shadow.st_size > 0:
             device.missing_objects.add(stub.object_id)

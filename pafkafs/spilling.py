@@ -13,7 +13,7 @@ from pafkafs.files import OpenFile
 from pafkafs.growing import Pool
 from pafkafs.moving import Mover
 from pafkafs.namespace import Namespace
-from pafkafs.policy import Mode, place_spill
+from pafkafs.placement import Mode, place_spill
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +37,14 @@ class Spiller:
         mover: Mover,
         devices: Mapping[str, Device],
         mode: Mode,
+        pool: Pool | None,
     ) -> None:
+        """pool is that of the home device."""
         self._namespace = namespace
         self._mover = mover
         self._devices = devices
         self._mode = mode
-        self.pool: Pool | None = None  # of the home device
+        self._pool = pool
 
     async def make_room(self, file: OpenFile) -> None:
         """A request of this file waits for room; it goes on, or fails with ENOSPC."""
@@ -64,8 +66,8 @@ class Spiller:
         here = file.device.id
         if here not in file.devices_tried:
             file.devices_tried.add(here)
-            if self.pool is not None and self.pool.device is file.device:
-                self.pool.drain()
+            if self._pool is not None and self._pool.device is file.device:
+                self._pool.drain()
             await self._take_tails_back(file)
             if await self._room_came(file.device):
                 file.native.end_starving(0)
@@ -118,7 +120,7 @@ class Spiller:
         while self._mover.may_move(file) and (target := self._choose(file)) is not None:
             file.devices_tried.add(target.id)
             try:
-                await self._mover.move(file, target, gate_closed=True)
+                await self._mover.move(file, target, "spilled", gate_closed=True)
                 return True
             except SourceError:
                 raise

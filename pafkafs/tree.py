@@ -19,11 +19,13 @@ from pafkafs.attributes import (
     with_changes,
     with_size,
 )
+from pafkafs.catalogue import Catalogue, Entry, Place
 from pafkafs.device import Device, Home
 from pafkafs.files import OpenFile, OpenFiles, open_data, open_shadow
 from pafkafs.layout import Stub
 from pafkafs.nodes import Attributes, Node, NodeTable
 from pafkafs.objects import ObjectUpkeep
+from pafkafs.survey import Survey, recovered
 
 
 class Tree:
@@ -33,17 +35,21 @@ class Tree:
         self,
         home: Home,
         devices: dict[str, Device],
+        nodes: NodeTable,
         files: OpenFiles,
         upkeep: ObjectUpkeep,
+        catalogue: Catalogue,
+        survey: Survey,
     ) -> None:
         self.home = home
         self.devices = devices
         self.files = files
         self.upkeep = upkeep
-        self.nodes = NodeTable(home.tree_fd)
-        self._device_paths = {id: (device.path,) for id, device in devices.items()}
+        self.nodes = nodes
+        self.catalogue = catalogue
+        self.survey = survey
         self.home_device = next(iter(devices.values()))
-        self.damaged: dict[int, bytes] = {}  # inodes of stubs that were refused: where
+        self._device_numbers = {id: number for number, id in enumerate(devices)}
 
     # -- finding ------------------------------------------------------------------------------
 
@@ -61,10 +67,12 @@ class Tree:
         if stat.S_ISLNK(status.st_mode):
             text = os.readlink(name, dir_fd=parent_fd)
             try:
-                stub = layout.parse_stub(text, self._device_paths)
+                stub = layout.parse_stub(text, self.survey.paths)
             except layout.DamagedStub:
                 refused = True
-                self.damaged[status.st_ino] = os.path.join(parent.path(), name)
+                self.survey.damaged[status.st_ino] = os.path.join(parent.path(), name)
+        elif stat.S_ISREG(status.st_mode):
+            status = recovered(self.survey.sizes, parent_fd, name, status)
         if stub is not None:
             status = self._shadow_status(stub)
         node = self.nodes.obtain(status.st_ino, status, stub)
@@ -73,7 +81,7 @@ class Tree:
 
     def _shadow_status(self, stub: Stub) -> os.stat_result:
         try:
-            return os.stat(stub.shadow, dir_fd=self.home.shadows_fd, follow_symlinks=False)
+            return layout.shadow_status(self.home.shadows_fd, stub)
         except FileNotFoundError as error:
             raise OSError(errno.EIO, "the shadow is missing") from error
 
@@ -153,15 +161,38 @@ class Tree:
                     raise
                 continue  # a refused stub must not hide its neighbours; status names it
 
+    # -- the catalogue ------------------------------------------------------------------------
+
+    def entry(self, node: Node) -> Entry | None:
+        """What the catalogue has of a node, if it is a segment."""
+        if not node.names:
+            return None
+        parent, name = node.names[0]
+        self.survey.know(parent, self.nodes.directory_fd(parent))
+        return self.catalogue.entry(parent.key, name)
+
     def is_active_segment(self, node: Node) -> bool:
         """Whether Kafka appends to a file, by the names around it."""
-        if not self.is_bulk_data(node):
-            return False
-        parent, name = node.names[0]
-        found = kafka.parse_file(os.fsdecode(name))
-        names = map(os.fsdecode, self.list_names(parent))
-        return found.state is kafka.FileState.CURRENT and (
-            found.base_offset == kafka.active_base_offset(names)
+        entry = self.entry(node)
+        return entry is not None and entry.is_active and entry.directory.rule is not None
+
+    def refresh(self, node: Node) -> None:
+        """Tells the catalogue what there is to be known of a node now.  An error leaves what is
+        known as it was: whatever this follows is done already."""
+        try:
+            for parent, name in node.names:
+                entry = self.catalogue.entry(parent.key, name)
+                if entry is not None:
+                    place = self.place_of(node, self.attributes(node))
+                    self.catalogue.put(entry.directory, name, place)
+        except OSError as error:
+            self.home_device.failed(f"cannot look at {os.fsdecode(node.path())}: {error.strerror}")
+
+    def place_of(self, node: Node, attributes: Attributes) -> Place:
+        """Where the data of a node is, and how much."""
+        device = self.home_device.id if node.stub is None else node.stub.device_id
+        return Place(
+            self._device_numbers[device], attributes.blocks * 512, attributes.status.st_mtime_ns
         )
 
     # -- opening and attributes ---------------------------------------------------------------
@@ -180,6 +211,8 @@ class Tree:
         before the next await."""
         file = node.file
         if file is None:
+            if node.names:
+                self.survey.know(node.names[0][0], self.nodes.directory_fd(node.names[0][0]))
             file = self._open_object(node) if node.stub is not None else self._open_plain(node)
         elif writable and file.read_only:
             self._make_writable(file)
@@ -192,6 +225,12 @@ class Tree:
             raise OSError(errno.EIO, "a stub that does not lead to a device of this set")
         parent, name = node.names[0]
         fd, read_only = open_data(name, self.nodes.directory_fd(parent))
+        try:
+            if self.survey.sizes is not None and self.survey.sizes.must_not_be_opened(fd):
+                raise OSError(errno.EIO, "it was growing, and could not be recovered")
+        except OSError:
+            os.close(fd)
+            raise
         return self.files.attach_plain(node, self.home_device, fd, read_only=read_only)
 
     def _open_object(self, node: Node) -> OpenFile:
@@ -220,6 +259,9 @@ class Tree:
                 self._set_on_fd(node, changes)
         else:
             self._set_on_fd(node, changes)
+        self.refresh(node)
+        if node.file is not None and node.file.native.growing is not None:
+            node.file.native.mark_changed()
         if node.stub is not None:
             if node.file is not None:
                 node.file.native.mark_changed()  # a fsync is to cover the shadow
@@ -230,8 +272,10 @@ class Tree:
     def _set_on_fd(self, node: Node, changes: Changes) -> None:
         if node.file is not None:
             apply_changes(f"/proc/self/fd/{node.file.native.attr_fd}", changes)
+            if changes.mode is not None:
+                node.file.native.mode_changed()
             if changes.mtime_ns is not None and node.file.native.growing is not None:
-                node.file.native.set_mtime(changes.mtime_ns)
+                node.file.native.set_mtime(max(0, changes.mtime_ns))  # since 1970
                 node.file.mtime_set_ns = changes.mtime_ns
             return
         flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -1,67 +1,22 @@
-"""What a durability mode promises, after the death of the daemon and after a power cut.
+"""What a durability mode promises, after the death of the daemon and after a power cut."""
 
-A power cut is the shutdown ioctl of ext4 without flushing its journal: nothing that was not
-durable at that moment is there afterwards.
-"""
-
-import fcntl
 import os
-import struct
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from conftest import MakeMount
-from harness import Mount, is_mounted, loop_filesystem, wait_until
+from filetools import cut_off
+from harness import wait_until
+from machine import Machine
 
-_EXT4_IOC_SHUTDOWN = 0x8004587D
-_NO_LOG_FLUSH = 2
 RECORD = 4096
-MKFS = ("mkfs.ext4", "-q", "-F")
-
-
-class Machine:
-    """A fast and a slow ext4 that lose power together."""
-
-    def __init__(self, base: Path) -> None:
-        self.base = base
-        self._stack = ExitStack()
-        mountpoint = base / "mnt"
-        mountpoint.mkdir(parents=True)
-        for name, size in (("fast", "64M"), ("slow", "256M")):
-            self._stack.enter_context(
-                loop_filesystem(base / f"{name}.img", base / name, size, MKFS)
-            )
-        self.mount = Mount(
-            base / "fast", base / "slow", mountpoint, ("--durability", "power"), base / "log"
-        )
-
-    def cut_power(self, *names: str) -> None:
-        """These filesystems, or both, stop at once; the daemon, if there is one, dies; they are
-        mounted again."""
-        flag = struct.pack("I", _NO_LOG_FLUSH)
-        paths = [self.base / name for name in names or ("fast", "slow")]
-        for path in paths:
-            fd = os.open(path, os.O_RDONLY)
-            fcntl.ioctl(fd, _EXT4_IOC_SHUTDOWN, flag)
-            os.close(fd)
-        if is_mounted(self.mount.mountpoint):
-            self.mount.kill()
-            self.mount.clean_up()
-        for path in paths:
-            wait_until(lambda path=path: os.system(f"umount {path} 2>/dev/null") == 0, "umount")
-            assert os.system(f"mount -o loop {path}.img {path}") == 0
-
-    def close(self) -> None:
-        self.mount.clean_up()
-        self._stack.close()
 
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Iterator[Machine]:
-    machine = Machine(tmp_path / "machine")
+    machine = Machine(tmp_path / "machine", "ext4", ("--durability", "power"))
     yield machine
     machine.close()
 
@@ -188,7 +143,7 @@ def test_umount_makes_durable_what_nobody_fsynced(machine: Machine) -> None:
 def test_fsync_covers_what_a_daemon_that_was_killed_had_acked(machine: Machine) -> None:
     mount = machine.mount.start("--durability", "process", "--mode", "slow")
     path = mount.mountpoint / "file"
-    with open(path, "xb", buffering=0) as stream:
+    with cut_off(path) as stream:
         stream.write(b"durable")
         os.fsync(stream.fileno())
         stream.write(b", acked" * 10_000)

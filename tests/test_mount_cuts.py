@@ -68,7 +68,7 @@ def test_first_mount_killed_at_any_step_is_finished_by_the_next(
         fast, *slow = directories(tmp_path / str(number), "fast", "slow0", "slow1")
 
         def form(fast: Path = fast, slow: list[Path] = slow) -> list[deviceset.SetDevice]:
-            return deviceset.assemble([str(fast)], list(map(str, slow)))
+            return deviceset.assemble([[str(fast)], list(map(str, slow))])
 
         was_killed = is_killed_at_step(number, form)
         for device in form():
@@ -96,7 +96,7 @@ def fill(log_dir: Path) -> dict[str, tuple[str, bytes]]:
 def is_refused_as_half_adopted(mount: Mount) -> bool:
     """Whether a mount of these devices is."""
     try:
-        devices = deviceset.assemble([str(mount.fast)], [str(mount.slow)])
+        devices = deviceset.assemble([[str(mount.fast)], [str(mount.slow)]])
     except PafkafsError as error:
         return "run the same pafkafs adopt command again" in str(error)
     for device in devices:

@@ -173,6 +173,18 @@ def test_mode_slow_starts_files_on_the_slow_tier(make_mount: MakeMount) -> None:
     assert_consistent(mount)
 
 
+def test_mode_slow_goes_on_on_the_fast_tier_when_the_slow_one_is_full(
+    make_mount: MakeMount,
+) -> None:
+    mount = make_mount("--mode", "slow", "--slow-capacity", "8MiB").start()
+    small, large = mount.mountpoint / "small", mount.mountpoint / "large"
+    small.write_bytes(pattern(MIB))
+    large.write_bytes(pattern(12 * MIB))
+    assert [is_spilled(mount, path) for path in (small, large)] == [True, False]
+    assert large.read_bytes() == pattern(12 * MIB)
+    assert_consistent(mount)
+
+
 def test_mode_fast_is_enospc_when_the_fast_tier_is_full(make_mount: MakeMount) -> None:
     mount = make_mount(*ROOMY, "--mode", "fast").start()
     path = mount.mountpoint / "file"

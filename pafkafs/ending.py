@@ -1,0 +1,97 @@
+"""How a mount ends: everything in the kernel and in the daemon is made durable."""
+
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+
+import trio
+
+from pafkafs import _native, mountpoint
+from pafkafs.device import Device
+from pafkafs.files import OpenFile, OpenFiles
+from pafkafs.growing import Pool
+from pafkafs.moving import Mover
+from pafkafs.objects import ObjectUpkeep
+
+log = logging.getLogger(__name__)
+
+# For each of: the kernel's stores, the moves, the upkeep, each device.
+SYNC_PATIENCE_S = 60.0
+
+
+class Ending:
+    """The end of one mount."""
+
+    def __init__(
+        self,
+        front: _native.Front,
+        devices: Sequence[Device],
+        files: OpenFiles,
+        upkeep: ObjectUpkeep,
+        mover: Mover,
+        pool: Pool | None,
+    ) -> None:
+        self._front = front
+        self._devices = devices
+        self._files = files
+        self._upkeep = upkeep
+        self._mover = mover
+        self._pool = pool
+
+    async def unmount(self, where: str) -> None:
+        """Detaches, also when busy: then open files are cut off, after everything is synced."""
+        with trio.move_on_after(SYNC_PATIENCE_S):
+            # Stores into mappings are still in the kernel.  A process of its own, because a
+            # call into our own mount may wait for us.
+            await trio.run_process(
+                ["sync", "-f", where], check=False, capture_stdout=True, capture_stderr=True
+            )
+        try:
+            await trio.to_thread.run_sync(lambda: mountpoint.detach(where, lazy=False))
+        except OSError as error:
+            log.warning("%s is busy (%s): open files are cut off", where, error.strerror)
+            with suppress(OSError):  # detached already, by umount -l
+                await trio.to_thread.run_sync(lambda: mountpoint.detach(where, lazy=True))
+            await trio.to_thread.run_sync(self._front.stop)
+
+    async def finish(self) -> None:
+        """After the last request: all that was written is made durable."""
+        with trio.CancelScope(shield=True):
+            if self._pool is not None:
+                self._pool.drain()
+            with trio.move_on_after(SYNC_PATIENCE_S / 2):
+                await self._mover.end()
+            await self._upkeep.flush(SYNC_PATIENCE_S / 2)
+            # The home device last: its names lead to what the others have.
+            async with trio.open_nursery() as nursery:
+                for device in self._devices[1:]:
+                    nursery.start_soon(self._sync_device, device)
+            await self._sync_device(self._devices[0])
+            self._files.end()
+            self._front.stop()
+            for device in self._devices:
+                if device.native.stop() > 0:
+                    log.error("%s hangs and is left behind", os.fsdecode(device.path))
+
+    async def _sync_device(self, device: Device) -> None:
+        """Everything on it, open or not.  A device that hangs uses up its own patience only."""
+        done = False
+        with trio.move_on_after(SYNC_PATIENCE_S / 2):
+            for file in self._files.all():
+                if file.device is device:
+                    await self._sync_file(file)
+            try:
+                await device.run(lambda: _native.syncfs(device.fd))
+                done = True
+            except OSError as error:
+                device.failed(f"sync at unmount: {error.strerror}")
+        if not done:
+            log.error("%s was not synced at unmount", os.fsdecode(device.path))
+
+    async def _sync_file(self, file: OpenFile) -> None:
+        try:
+            await file.seal()
+            await file.sync()
+        except OSError as error:
+            file.device.failed(f"fsync at unmount: {error.strerror}")
