@@ -1,14 +1,12 @@
 """Copies the data of a file to another device, piece by piece, and makes the copy durable.
 
 Each piece runs in a thread of the device, and each has to be done within some patience: a device
-that hangs is left alone, and the file stays where it is.  What a copy has read and written does not
-stay in the page cache.
+that hangs is left alone, and the file stays where it is.
 """
 
 import errno
-import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import trio
@@ -19,9 +17,9 @@ from pafkafs.layout import Stub
 
 T = TypeVar("T")
 
-_PIECE_BYTES = 16 << 20
+_PIECE_BYTES = 8 << 20
 # For one piece, or the fsync at the end.  At 1 MB/s a disk is still good enough.
-_PATIENCE_S = 30.0
+PATIENCE_S = 30.0
 # The removal of the last object of a directory takes the directory, too.
 _CREATE_TRIES = 8
 
@@ -36,10 +34,20 @@ class Pace:
     def __init__(self, bytes_per_s: int) -> None:
         self.bytes_per_s = bytes_per_s
         self._free_at = 0.0
+        self._changed = trio.Event()
+
+    def change(self, bytes_per_s: int) -> None:
+        """From now on.  A piece that waits goes on at once: at the old rate it may have hours to
+        wait."""
+        self.bytes_per_s = bytes_per_s
+        self._free_at = 0.0
+        self._changed.set()
+        self._changed = trio.Event()
 
     async def wait(self, count: int) -> None:
         """Until count more bytes may be read."""
-        await trio.sleep(self.charge(count))
+        with trio.move_on_after(self.charge(count)):
+            await self._changed.wait()
 
     def charge(self, count: int) -> float:
         """Counts bytes that are read without waiting; for how long others have to."""
@@ -61,6 +69,9 @@ class Copy:
         self.committed = False  # it is the file now
         self._stub = stub
         self._taken = False
+        # **Invariant:** with these attributes, if any, the copy is durable.
+        self._finished: tuple[int, ...] | None = None
+        self._allocated = 0
 
     def take_fd(self) -> int:
         """The descriptor, which is the caller's from now on."""
@@ -74,6 +85,7 @@ class Copy:
 
     async def add(
         self,
+        source: Device,
         data_fd: Callable[[], int],
         start: int,
         end: int,
@@ -81,33 +93,59 @@ class Copy:
         *,
         again: bool,
         at_once: bool,
+        on_copied: Callable[[int], None],
     ) -> None:
         """Copies a range; again, over what was copied before; at once, because others wait for it.
-        Raises SourceError, or the OSError of the target."""
-        for at in range(start, end, _PIECE_BYTES):
-            upto = min(at + _PIECE_BYTES, end)
-            if at_once:
-                pace.charge(upto - at)
-            else:
-                await pace.wait(upto - at)
-            piece = _copier(at, upto, keep_holes=not again)
-            await self.target.run(_with_own(piece, data_fd(), self.fd), _PATIENCE_S)
+        on_copied is told of each piece, in bytes.  Raises SourceError, or the OSError of the
+        target."""
+        self._finished = None
+        pieces = _pieces(start, end)
+        failed: list[OSError] = []
+
+        async def work() -> None:
+            for at, upto in pieces:
+                if failed:
+                    return
+                if at_once:
+                    pace.charge(upto - at)
+                else:
+                    await pace.wait(upto - at)
+                piece = _copier(at, upto, keep_holes=not again, urgent=at_once)
+                act = _with_own(piece, data_fd(), self.fd)
+                try:
+                    # In a thread of the slower one: it may hang, and hold the thread.
+                    if source.slow:
+                        await from_source(source, act)
+                    else:
+                        await _run(self.target, act)
+                except OSError as error:
+                    failed.append(error)
+                else:
+                    on_copied(upto - at)
+
+        # Two, so that one piece is read while another is written.
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(work)
+            nursery.start_soon(work)
+        if failed:
+            raise failed[0]
 
     async def cut(self, size: int) -> None:
         """Forgets what was copied from size on."""
+        self._finished = None
         act = _with_own(lambda fd: os.ftruncate(fd, min(size, os.fstat(fd).st_size)), self.fd)
-        await self.target.run(act, _PATIENCE_S)
-
-    async def sync(self) -> None:
-        """Makes what was copied so far durable."""
-        await self.target.run(_with_own(os.fsync, self.fd), _PATIENCE_S)
+        await _run(self.target, act)
 
     async def finish(self, status: os.stat_result) -> int:
         """Gives the copy its size and attributes and makes it durable, with its directory
-        entries; the bytes that it has allocated."""
-        return await self.target.run(
-            _with_own(lambda fd: self._finish(fd, status), self.fd), _PATIENCE_S
-        )
+        entries; the bytes that it has allocated.  The second time it asks the device nothing,
+        unless something has changed: others wait for it at the gate."""
+        attributes = _comparable(status)
+        if self._finished != attributes:
+            act = _with_own(lambda fd: self._finish(fd, status), self.fd)
+            self._allocated = await _run(self.target, act)
+            self._finished = attributes
+        return self._allocated
 
     def _finish(self, fd: int, status: os.stat_result) -> int:
         os.ftruncate(fd, status.st_size)
@@ -119,9 +157,15 @@ class Copy:
         return os.fstat(fd).st_blocks * 512
 
 
+def _comparable(status: os.stat_result) -> tuple[int, ...]:
+    """What a copy has of its file; the time of the last access is no reason to write."""
+    s = status
+    return (s.st_size, s.st_mode, s.st_uid, s.st_gid, s.st_mtime_ns)
+
+
 async def new_object(target: Device, stub: Stub) -> Copy:
     """An empty object."""
-    fd = await target.run(lambda: _create(target, stub), _PATIENCE_S)
+    fd = await _run(target, lambda: _create(target, stub))
     return Copy(target, fd, stub.object, stub)
 
 
@@ -131,13 +175,55 @@ def new_plain(target: Device, tmp_fd: int, name: bytes) -> Copy:
     return Copy(target, os.open(name, flags, 0o600, dir_fd=tmp_fd), name, None)
 
 
+async def _run(target: Device, act: Callable[[], T]) -> T:
+    """In a thread of the device, for whose faults status is told."""
+    try:
+        return await target.run(act, PATIENCE_S)
+    except SourceError:
+        raise
+    except OSError as error:
+        target.failed(f"cannot take a file over: {error.strerror}")
+        raise
+
+
+async def from_source(source: Device, act: Callable[[], T]) -> T:
+    """Runs what reads, or syncs, the source in one of its threads.  Raises SourceError when it does
+    not answer."""
+    try:
+        return await source.run(act, PATIENCE_S)
+    except OSError as error:
+        if error.errno == errno.ETIMEDOUT:
+            raise SourceError(errno.ETIMEDOUT, error.strerror or "") from error
+        raise
+
+
+class _Own:
+    """A duplicate, closed with its last reference.  No io.FileIO: that would ask a device that
+    may hang what kind of file it is."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = os.dup(fd)
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+
 def _with_own(act: Callable[..., T], *fds: int) -> Callable[[], T]:
     """act on duplicates of the descriptors: a thread that was left behind in the device must not
     write to whatever gets their numbers next."""
-    own = [io.FileIO(os.dup(fd)) for fd in fds]  # closed with their last reference
+    own = [_Own(fd) for fd in fds]
 
     def run() -> T:
-        return act(*(file.fileno() for file in own))
+        try:
+            return act(*(duplicate.fd for duplicate in own))
+        finally:
+            for duplicate in own:  # here: a network filesystem may wait in close
+                duplicate.close()
 
     return run
 
@@ -154,28 +240,17 @@ def _create(device: Device, stub: Stub) -> int:
     raise AssertionError
 
 
-def _copier(start: int, end: int, *, keep_holes: bool) -> Callable[[int, int], None]:
+def _pieces(start: int, end: int) -> Iterator[tuple[int, int]]:
+    """The range in parts that end at whole pieces, so that no block is in two of them."""
+    while start < end:
+        upto = min((start // _PIECE_BYTES + 1) * _PIECE_BYTES, end)
+        yield start, upto
+        start = upto
+
+
+def _copier(start: int, end: int, *, keep_holes: bool, urgent: bool) -> Callable[[int, int], None]:
     def copy(from_fd: int, to_fd: int) -> None:
-        try:
-            _native.copy_data(from_fd, to_fd, start, end, keep_holes)
-        except OSError as error:
-            if not _readable(from_fd, start, end):
-                raise SourceError(error.errno or errno.EIO, error.strerror or "") from error
-            raise
-        for fd in (from_fd, to_fd):
-            os.posix_fadvise(fd, start, end - start, os.POSIX_FADV_DONTNEED)
+        if error := _native.copy_data(from_fd, to_fd, start, end, keep_holes, urgent):
+            raise SourceError(error, os.strerror(error))
 
     return copy
-
-
-def _readable(fd: int, start: int, end: int) -> bool:
-    """Whose fault an error was: that of the source, if it cannot be read again either."""
-    try:
-        while start < end:
-            data = os.pread(fd, 1 << 20, start)
-            if not data:
-                break
-            start += len(data)
-    except OSError:
-        return False
-    return True

@@ -16,6 +16,7 @@ import trio
 from pafkafs.control import Commands
 from pafkafs.errors import PafkafsError
 from pafkafs.migration import Migrator
+from pafkafs.placement import tier_name
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class Job:
     """state is waiting, running, done, there (nothing had to be done) or failed."""
 
     path: str
-    to_fast: bool
+    tier: int
     state: str = "waiting"
     error: str | None = None
 
@@ -36,7 +37,8 @@ class Job:
 class Jobs:
     """The jobs of a mount; the last ones are remembered."""
 
-    def __init__(self, nursery: trio.Nursery, migrator: Migrator) -> None:
+    def __init__(self, nursery: trio.Nursery, migrator: Migrator, lowest_tier: int) -> None:
+        self._tiers = {tier_name(tier, lowest_tier): tier for tier in range(lowest_tier + 1)}
         self._nursery = nursery
         self._migrator = migrator
         self._jobs: OrderedDict[int, Job] = OrderedDict()
@@ -54,8 +56,9 @@ class Jobs:
 
     async def _migrate(self, asked: Mapping[str, Any]) -> int:
         path, tier = asked.get("path"), asked.get("to")
-        if not isinstance(path, str) or tier not in ("fast", "slow"):
-            raise PafkafsError("migrate needs a path below the mount, and 'to': fast or slow")
+        if not isinstance(path, str) or tier not in self._tiers:
+            known = " or ".join(self._tiers)
+            raise PafkafsError(f"migrate needs a path below the mount, and 'to': {known}")
         parts = path.split("/")
         if not all(parts) or ".." in parts or "." in parts or "\0" in path:
             raise PafkafsError(f"'{path!r}' is no path below the mount")
@@ -67,7 +70,7 @@ class Jobs:
         if waiting >= _JOBS_MAX // 2:
             raise PafkafsError(f"{waiting} moves are waiting already: try again later")
         number = next(self._numbers)
-        self._jobs[number] = job = Job(path, tier == "fast")
+        self._jobs[number] = job = Job(path, self._tiers[tier])
         while len(self._jobs) > _JOBS_MAX:
             self._jobs.popitem(last=False)
         self._nursery.start_soon(self._run, job)
@@ -77,7 +80,7 @@ class Jobs:
         async with self._places:
             job.state = "running"
             try:
-                moved = await self._migrator.move(os.fsencode(job.path), to_fast=job.to_fast)
+                moved = await self._migrator.move(os.fsencode(job.path), job.tier, "command")
             except OSError as error:
                 job.state, job.error = "failed", error.strerror or str(error)
             except Exception:  # a bug, but no reason to end the mount

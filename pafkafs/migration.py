@@ -1,37 +1,37 @@
 """The background task that moves segments between the tiers: asks policy, runs moves.
 
-The home tree is looked through only when there is something to decide: the fast tier is over its
-threshold, a segment has come of age, or there is room to bring some back.
+What policy needs is in the catalogue: a look with nothing to do costs a few comparisons.
 """
 
 import errno
-import fnmatch
 import logging
-import math
 import os
-import stat
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import trio
 
-from pafkafs import kafka, layout
-from pafkafs.device import Device, Home
+from pafkafs.catalogue import CatalogueView, Entry
+from pafkafs.copying import SourceError
+from pafkafs.device import Device
 from pafkafs.moving import Mover
 from pafkafs.namespace import Namespace
 from pafkafs.nodes import Node
-from pafkafs.policy import HIGH_MARK, Decision, Limits, Mode, Segment, plan
+from pafkafs.placement import HIGH_MARK, Mode
+from pafkafs.policy import Decision, Limits, Rules, Segment, Tier, plan
+from pafkafs.reading import ReadersFirst
 
 log = logging.getLogger(__name__)
 
-# After a look that found nothing to do, or failed moves: grows up to the maximum.
-_REST_MIN_S = 5.0
-_REGULAR = stat.S_IFREG >> 12
 # A plan is made anew after so long: what it was made for may have changed.
 _PLAN_S = 30.0
+# A device to which a move failed is left alone: so long at first, and at most.
+_REST_MIN_S = 5.0
 _REST_MAX_S = 300.0
+# A file that did not move; one that cannot be read, for the maximum.
+_FILE_REST_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -39,191 +39,312 @@ class MigrationOptions:
     """How the task works, beside the lines of policy."""
 
     limits: Limits
+    rules: Rules
     interval_s: float
     threads: int
-    pinned: tuple[str, ...] = ()  # globs of paths below the mount that stay on the fast tier
+
+
+@dataclass
+class _Rest:
+    """Of a device that failed: until when nothing is moved to it, longer each time."""
+
+    until_s: float = 0.0
+    next_s: float = _REST_MIN_S
+    why: str = ""
+
+    def begin(self, now_s: float, why: str) -> None:
+        if now_s < self.until_s:
+            return
+        self.until_s, self.why = now_s + self.next_s, why
+        self.next_s = min(2 * self.next_s, _REST_MAX_S)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What the task would do now."""
+
+    decisions: tuple[Decision, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def bytes(self) -> int:
+        """All that would move."""
+        return sum(decision.segment.bytes for decision in self.decisions)
 
 
 class Migrator:
-    """Keeps the fast tier between its lines."""
+    """Keeps each tier but the last between its lines."""
 
     def __init__(
         self,
         namespace: Namespace,
-        home: Home,
         devices: Sequence[Device],
         mover: Mover,
         mode: Mode,
         options: MigrationOptions,
+        prepared_bytes: Callable[[], int],
+        all_known: Callable[[], bool],
     ) -> None:
+        """prepared_bytes is what the fast tier holds for data that is not written yet: it is not
+        used room for policy.  all_known: the home tree was read."""
+        self._all_known = all_known
         self._namespace = namespace
-        self._home = home
+        self._catalogue = namespace.catalogue
         self._devices = list(devices)
+        self._tiers = [device.tier for device in devices]
         self._mover = mover
         self._mode = mode
-        self.options = options
+        self._prepared_bytes = prepared_bytes
+        self._options = options
+        self._wanted = trio.Event()
         self.paused = False
-        self.plan: tuple[Decision, ...] = ()  # what is left of the last one
         self.last_error: str | None = None
-        self._moved_at: dict[str, float] = {}  # by object id: monotonic
-        self._mounted_at = time.monotonic()
-        self._next_age_look = 0.0
-        self._rest_until = 0.0
-        self._rest_s = _REST_MIN_S
-        self._seen_used = -1
+        self._rests: dict[str, _Rest] = {}  # by device
+        self._draining: set[int] = set()  # tiers on their way to the low watermark
+        self._readers = ReadersFirst()
+
+    @property
+    def options(self) -> MigrationOptions:
+        """Replaced as a whole; then the next look is at once."""
+        return self._options
+
+    @options.setter
+    def options(self, options: MigrationOptions) -> None:
+        self._options = options
+        self.look_soon()
+
+    def look_soon(self) -> None:
+        """And not only after the interval."""
+        self._wanted.set()
 
     # -- the task -----------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Looks every interval; never returns."""
         while True:
-            await trio.sleep(self.options.interval_s)
-            if self.paused or self._mode is not Mode.TIERED or not self._is_due():
+            with trio.move_on_after(self.options.interval_s):
+                await self._wanted.wait()
+            self._wanted = trio.Event()
+            if self.paused or self._mode is not Mode.TIERED:
                 continue
             try:
-                await self.cycle()
+                await self._carry_out(self.outlook().decisions)
             except Exception:  # a bug, but no reason to end the mount
                 log.exception("a cycle of migration failed")
                 self.last_error = "internal error; see the log"
-                self._rest()
 
-    def usage(self) -> tuple[int, int]:
-        """Bytes used, and there to be used, on the fast tier."""
-        fast = [device for device in self._devices if not device.slow]
-        return (
-            sum(max(0, device.native.used_bytes) for device in fast) - self.pool_bytes(),
-            sum(device.capacity_bytes for device in fast),
+    def outlook(self) -> Outlook:
+        """What there is to do now.  Valid until the next await."""
+        now_s, options = time.monotonic(), self.options
+        if self._mode is not Mode.TIERED or not self._catalogue.settled:
+            return Outlook()
+        self._catalogue.release(now_s)
+        tiers = [self._noted(number) for number in range(self._tiers[-1] + 1)]
+        view = CatalogueView(self._catalogue, self._tiers, time.time_ns(), now_s, self._active)
+        decisions = plan(options.limits, options.rules, tiers, view)
+        nothing_goes = not decisions and not self._readers.waiting(now_s)
+        if nothing_goes and all(tier.takes_bytes > 0 for tier in tiers[1:]):
+            self._draining.clear()  # what is left cannot go down
+        if not self._all_known():
+            # Room that is not counted yet is not free.
+            decisions = [decision for decision in decisions if decision.is_demotion]
+        return Outlook(tuple(decisions), tuple(self._notes(tiers, decisions)))
+
+    def tier(self, number: int) -> Tier:
+        """How full a tier is."""
+        devices = [device for device in self._devices if device.tier == number]
+        used = sum(max(0, device.native.used_bytes) for device in devices)
+        return Tier(
+            used_bytes=used - (self._prepared_bytes() if number == 0 else 0),
+            capacity_bytes=sum(device.capacity_bytes for device in devices),
+            takes_bytes=sum(device.room.free_bytes for device in devices if self._takes(device)),
         )
 
-    pool_bytes: Callable[[], int] = staticmethod(lambda: 0)  # prepared, and not in use
+    def _noted(self, number: int) -> Tier:
+        """A plan may end before the low watermark is reached: the next one goes on."""
+        limits, tier = self.options.limits, self.tier(number)
+        if limits.threshold >= 0 and tier.is_over(limits.threshold):
+            self._draining.add(number)
+        elif limits.threshold < 0 or not tier.is_over(limits.low_watermark):
+            self._draining.discard(number)
+        return replace(tier, draining=number in self._draining)
 
-    def _is_due(self) -> bool:
-        limits, (used, capacity) = self.options.limits, self.usage()
-        now = time.monotonic()
-        if limits.max_age_s is not None and now >= max(self._next_age_look, self._rest_until):
-            return True
-        if limits.threshold < 0 or capacity == 0:
-            return False
-        changed = abs(used - self._seen_used) > capacity // 100
-        if now < self._rest_until and not changed:
-            return False
-        down = used > limits.threshold * capacity
-        up = used < limits.low_watermark * capacity and any(
-            d.slow and d.files for d in self._devices
-        )
-        return down or up
+    def _takes(self, device: Device) -> bool:
+        rest = self._rests.get(device.id)
+        return device.room.in_service and (rest is None or rest.until_s <= time.monotonic())
 
-    async def cycle(self) -> None:
-        """One look and the moves that follow from it."""
-        used, capacity = self.usage()
-        self._seen_used = used
+    def _notes(self, tiers: Sequence[Tier], decisions: Sequence[Decision]) -> list[str]:
+        """What keeps it from what the lines ask for."""
+        limits, found = self.options.limits, []
+        now_s = time.monotonic()
+        for device in self._devices:
+            rest = self._rests.get(device.id)
+            if rest is not None and rest.until_s > now_s:
+                where = os.fsdecode(device.path)
+                wait = max(1, round(rest.until_s - now_s))
+                found.append(f"nothing moves to {where} for {wait} s: {rest.why}")
+        fast = tiers[0]
+        pinned = self._catalogue.sealed_bytes(0, self.options.rules.pinned)
+        if limits.threshold >= 0 and pinned > limits.threshold * fast.capacity_bytes:
+            found.append("pinned segments alone take more than the threshold")
+        if waiting := self._readers.waiting(now_s):
+            found.append(
+                f"segments that stay while they are read heavily: {waiting} "
+                f"(read-wait, for {limits.read_wait_s:g} s at most)"
+            )
+        if limits.threshold >= 0 and fast.is_over(limits.threshold) and not decisions:
+            found.append("over the threshold, and nothing that may go down")
+        return found
+
+    def _active(self, tier: int) -> list[Segment]:
+        found = map(self.look_at, self._catalogue.active_entries(tier))
+        return [segment for segment in found if segment is not None]
+
+    def look_at(self, entry: Entry) -> Segment | None:
+        """An active segment as it is now: what the catalogue has is from when it was made."""
+        node = self._node_of(entry)
+        if node is None:
+            return None
+        attributes = self._namespace.attributes(node)
+        self._namespace.nodes.drop_if_unused(node)
+        now_ns, size = time.time_ns(), attributes.blocks * 512
+        made_s = max(1.0, (now_ns - entry.mtime_ns) / 1e9)
+        age_s = max(0.0, (now_ns - attributes.status.st_mtime_ns) / 1e9)
+        tier = self._tiers[entry.device]
+        return Segment(entry.path, tier, size, age_s, growth=size / made_s)
+
+    def _node_of(self, entry: Entry) -> Node | None:
         try:
-            segments = await trio.to_thread.run_sync(self._look)
-        except OSError as error:
-            self.last_error = f"cannot look through the home tree: {error.strerror}"
-            log.error("%s", self.last_error)
-            self._rest()
-            return
-        self._note_next_age(segments)
-        decisions = plan(self.options.limits, used, capacity, segments)
-        if not decisions:
-            self._rest()
-            return
-        if await self._carry_out(decisions):
-            self._rest_s, self._rest_until = _REST_MIN_S, 0.0
-        else:
-            self._rest()
+            return self._find(entry.path)
+        except OSError:
+            return None
 
-    def _rest(self) -> None:
-        self._rest_until = time.monotonic() + self._rest_s
-        self._rest_s = min(2 * self._rest_s, _REST_MAX_S)
-
-    def _note_next_age(self, segments: Sequence[Segment]) -> None:
-        limits = self.options.limits
-        if limits.max_age_s is not None:
-            ages = [s.age_s for s in segments if s.tier == 0 and not s.pinned]
-            wait = max(self.options.interval_s, limits.max_age_s - max(ages, default=0.0))
-            self._next_age_look = time.monotonic() + wait
-
-    async def _carry_out(self, decisions: Sequence[Decision]) -> bool:
-        """Runs the moves, some at once; whether any succeeded."""
-        left = deque(decisions)
-        moved, until = 0, time.monotonic() + _PLAN_S
+    async def _carry_out(self, decisions: Sequence[Decision]) -> None:
+        """Runs the moves, some at once."""
+        left, options = deque(decisions), self.options
+        until_s = time.monotonic() + _PLAN_S
 
         async def work() -> None:
-            nonlocal moved
-            while left and not self.paused and time.monotonic() < until:
+            while left and not self.paused and time.monotonic() < until_s:
+                if self.options is not options:
+                    break
                 decision = left.popleft()
-                if decision.to_fast and not self._has_room_for(decision):
+                if not self._is_still_right(decision):
                     left.clear()
                     break
-                self.plan = tuple(left)
-                moved += await self._try(decision)
+                if self._waits_for_readers(decision):
+                    continue
+                await self._try(decision)
+                if not any(self._takes(d) for d in self._devices if d.tier == decision.tier):
+                    left.clear()
 
         async with trio.open_nursery() as nursery:
             for _ in range(min(self.options.threads, len(left))):
                 nursery.start_soon(work)
-        self.plan = ()
-        return moved > 0
 
-    def _has_room_for(self, decision: Decision) -> bool:
-        used, capacity = self.usage()
-        return used + decision.segment.bytes <= self.options.limits.low_watermark * capacity
+    def _is_still_right(self, decision: Decision) -> bool:
+        """What others have written since the plan was made may change it."""
+        limits, target = self.options.limits, self.tier(decision.tier)
+        if not decision.is_demotion:
+            share = limits.threshold if decision.why == "pinned" else limits.low_watermark
+            return target.used_bytes + decision.segment.bytes <= share * target.capacity_bytes
+        until = {"usage": limits.low_watermark, "full": HIGH_MARK}.get(decision.why)
+        return until is None or self.tier(decision.segment.tier).is_over(until)
 
-    async def _try(self, decision: Decision) -> bool:
+    def _waits_for_readers(self, decision: Decision) -> bool:
+        """Leaves a segment that is read heavily where it is, unless its room is needed now."""
+        if not decision.is_demotion or self.tier(decision.segment.tier).is_over(HIGH_MARK):
+            return False
+        try:
+            node = self._find(decision.segment.path)
+        except OSError:
+            return False
+        file, entry = node.file, self._namespace.entry(node)
+        self._namespace.nodes.drop_if_unused(node)
+        if file is None or entry is None:
+            return False
+        now_s, limit_s = time.monotonic(), self.options.limits.read_wait_s
+        wait_s = self._readers.wait_s(entry, file.native.read_bytes_per_s, now_s, limit_s)
+        if wait_s > 0:
+            self._catalogue.hold(entry, now_s + wait_s)
+        return wait_s > 0
+
+    async def _try(self, decision: Decision) -> None:
         path = decision.segment.path
         try:
-            await self.move(path, to_fast=decision.to_fast)
+            await self.move(path, decision.tier, decision.why)
             self.last_error = None
-            return True
         except FileNotFoundError:
-            return False  # removed or renamed since the look
+            return  # removed or renamed since the look
         except OSError as error:
+            if error.errno == errno.ECANCELED:
+                return  # the mount ends
             self.last_error = f"cannot move {os.fsdecode(path)}: {error.strerror}"
             log.warning("%s", self.last_error)
-            return False
+            self._leave_alone(path, error)
+
+    def _leave_alone(self, path: bytes, error: OSError) -> None:
+        """The file, so that others have their turn."""
+        try:
+            node = self._find(path)
+        except OSError:
+            return
+        entry = self._namespace.entry(node)
+        if entry is not None:
+            rest_s = _REST_MAX_S if isinstance(error, SourceError) else _FILE_REST_S
+            self._catalogue.hold(entry, time.monotonic() + rest_s)
+        self._namespace.nodes.drop_if_unused(node)
 
     # -- one move -----------------------------------------------------------------------------
 
-    async def move(self, path: bytes, *, to_fast: bool) -> bool:
-        """Moves the file at a path below the mount; False when it is there already.  Raises
-        OSError."""
+    async def move(self, path: bytes, tier: int, why: str) -> bool:
+        """Moves the file at a path below the mount to a tier; False when it is there already.
+        Raises OSError."""
         node = self._find(path)
         try:
-            return await self._move_node(node, to_fast)
+            return await self._move_node(node, tier, why)
         finally:
             self._namespace.nodes.drop_if_unused(node)
 
-    async def _move_node(self, node: Node, to_fast: bool) -> bool:
+    async def _move_node(self, node: Node, tier: int, why: str) -> bool:
         if node.is_directory:
             raise IsADirectoryError(errno.EISDIR, "a directory has no data to move")
-        self._check_movable(node, to_fast)
+        self._check_movable(node, tier)
         file = self._namespace.opened(node)
         async with self._namespace.files.used(file):
-            if file.device.slow is not to_fast:
+            if file.device.tier == tier:
                 return False
-            target = self._choose(
-                file.device, to_fast, self._namespace.attributes(node).blocks * 512
-            )
-            await self._mover.move(file, target)
-            if node.stub is not None:
-                self._moved_at[node.stub.object_id] = time.monotonic()
+            if not file.device.room.in_service:
+                raise SourceError(errno.ETIMEDOUT, "the device that it is on does not answer")
+            need = self._namespace.attributes(node).blocks * 512
+            target = self._choose(tier, need)
+            try:
+                await self._mover.move(file, target, why)
+            except OSError as error:
+                self._note_failure(target, error)
+                raise
+            self._rests.pop(target.id, None)
         return True
 
-    def _check_movable(self, node: Node, to_fast: bool) -> None:
-        parent, name = node.names[0]
-        directory = parent.names[0][1] if parent.names else b""
-        if not kafka.may_migrate(os.fsdecode(directory), os.fsdecode(name)):
-            raise OSError(errno.EPERM, "only segments move")
-        if node.refused or self._namespace.attributes(node).status.st_mode >> 12 != _REGULAR:
-            raise OSError(errno.EPERM, "only segments move")
-        emergency = not to_fast and self._emergency()
-        if self._namespace.is_active_segment(node) and not emergency:
-            raise OSError(errno.EBUSY, "the active segment stays where it is")
+    def _note_failure(self, target: Device, error: OSError) -> None:
+        """The device rests, when it was the device, and not the file or the end of the mount."""
+        of_the_file = (errno.EBUSY, errno.EMLINK, errno.ECANCELED)
+        if isinstance(error, SourceError) or error.errno in of_the_file:
+            return
+        rest = self._rests.setdefault(target.id, _Rest())
+        rest.begin(time.monotonic(), error.strerror or str(error))
 
-    def _emergency(self) -> bool:
-        used, capacity = self.usage()
-        return used > HIGH_MARK * capacity
+    def _check_movable(self, node: Node, tier: int) -> None:
+        entry = self._namespace.entry(node)
+        if node.refused:
+            raise OSError(errno.EPERM, "its stub does not lead to a device of this set")
+        if self._namespace.attributes(node).nlink > 1:
+            raise OSError(errno.EMLINK, "a file with several names does not move")
+        if entry is None or entry.directory.rule is None:
+            raise OSError(errno.EPERM, "only segments move")
+        source = self.tier(self._tiers[entry.device])
+        if entry.is_active and not (tier > 0 and source.is_over(HIGH_MARK)):
+            raise OSError(errno.EBUSY, "the active segment stays where it is")
 
     def _find(self, path: bytes) -> Node:
         """The node of a path.  Until it is used, nothing keeps it: no await comes between."""
@@ -232,68 +353,8 @@ class Migrator:
             node = self._namespace.lookup(node, name)
         return node
 
-    def _choose(self, source: Device, to_fast: bool, need: int) -> Device:
-        fits = [
-            device
-            for device in self._devices
-            if device.slow is not to_fast and device.room.free_bytes >= need
-        ]
+    def _choose(self, tier: int, need: int) -> Device:
+        fits = [d for d in self._devices if d.tier == tier and d.room.free_bytes >= need]
         if not fits:
             raise OSError(errno.ENOSPC, "no room on the other tier")
-        return min(fits, key=lambda d: (not d.room.in_service, -d.room.free_bytes))
-
-    # -- looking ------------------------------------------------------------------------------
-
-    def _look(self) -> list[Segment]:
-        """All segments of the home tree.  Long for a large one: runs in a thread."""
-        now_ns, now = time.time_ns(), time.monotonic()
-        tiers = {device.id: device.tier for device in self._devices}
-        paths = {device.id: (device.path,) for device in self._devices}
-        found: list[Segment] = []
-        for directory, _, names, fd in os.fwalk(b".", dir_fd=self._home.tree_fd):
-            partition = os.fsdecode(os.path.basename(directory))
-            texts = [os.fsdecode(name) for name in names]
-            active = kafka.active_base_offset(texts)
-            for text, name in zip(texts, names, strict=True):
-                if not kafka.may_migrate(partition, text):
-                    continue
-                path = os.path.normpath(os.path.join(directory, name))
-                offset = kafka.parse_file(text).base_offset
-                segment = self._segment(fd, name, path, tiers, paths, offset == active, now_ns, now)
-                if segment is not None:
-                    found.append(segment)
-        return found
-
-    def _segment(
-        self,
-        dir_fd: int,
-        name: bytes,
-        path: bytes,
-        tiers: Mapping[str, int],
-        paths: Mapping[str, tuple[bytes, ...]],
-        active: bool,
-        now_ns: int,
-        now: float,
-    ) -> Segment | None:
-        tier, moved_s = 0, math.inf
-        try:
-            status = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-            if status.st_nlink > 1:
-                return None
-            size = status.st_blocks * 512
-            if stat.S_ISLNK(status.st_mode):
-                stub = layout.parse_stub(os.readlink(name, dir_fd=dir_fd), paths)
-                if stub is None:
-                    return None
-                tier = tiers[stub.device_id]
-                status = os.stat(stub.shadow, dir_fd=self._home.shadows_fd, follow_symlinks=False)
-                size = status.st_size
-                moved_s = now - self._moved_at.get(stub.object_id, self._mounted_at)
-        except (FileNotFoundError, layout.DamagedStub):
-            return None
-        if not stat.S_ISREG(status.st_mode):
-            return None
-        text = os.fsdecode(path)
-        pinned = any(fnmatch.fnmatchcase(text, glob) for glob in self.options.pinned)
-        age_s = max(0.0, (now_ns - status.st_mtime_ns) / 1e9)
-        return Segment(path, tier, size, age_s, active, pinned, moved_s)
+        return min(fits, key=lambda d: (not self._takes(d), -d.room.free_bytes, d.files))

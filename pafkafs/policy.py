@@ -1,95 +1,28 @@
-"""Which device a file belongs on.  Pure: it reads a frozen snapshot and returns a decision."""
+"""Which segments move between the tiers, and why.  Pure: no I/O, no clock of its own.
 
+It reads a view of all segments, ordered by age within each tier, only as far as it has to: with
+nothing to do it costs a few comparisons, whatever the number of files.
+"""
+
+import fnmatch
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from heapq import merge
+from typing import Protocol
 
-# Above this share of the room on a fast device new segments start on the slow tier, so that
-# those that are being written have room to grow where they are.
-HIGH_MARK = 0.95
+from pafkafs.placement import HIGH_MARK
 
-
-class Mode(Enum):
-    """Which tiers new data may use."""
-
-    TIERED = "tiered"
-    FAST = "fast"
-    SLOW = "slow"
-
-
-@dataclass(frozen=True)
-class Room:
-    """A device as placement sees it, in bytes."""
-
-    tier: int
-    used_bytes: int
-    limit_bytes: int
-    in_service: bool = True
-
-    @property
-    def free_bytes(self) -> int:
-        """What may still be written there."""
-        return max(0, self.limit_bytes - self.used_bytes)
-
-
-def place_new(mode: Mode, devices: Sequence[Room], *, bulk: bool) -> int:
-    """The index of the device where a new file starts.
-
-    bulk tells a segment from the small files that, in tiered mode, may use the fast tier to
-    its last byte.
-    """
-    tiers = sorted({device.tier for device in devices})
-    if mode is Mode.SLOW:
-        tiers = tiers[1:] + tiers[:1]
-    elif mode is Mode.FAST:
-        tiers = tiers[:1]
-    mark = HIGH_MARK if bulk and mode is Mode.TIERED else 1.0
-    for tier in tiers:
-        best = _roomiest(devices, tier)
-        if best is not None and devices[best].used_bytes < mark * devices[best].limit_bytes:
-            return best
-    # Full everywhere: its first write will find out, with the error that fits.
-    first = _roomiest(devices, tiers[0])
-    return 0 if first is None else first
-
-
-def place_spill(mode: Mode, devices: Sequence[Room], source: int, need_bytes: int) -> int | None:
-    """The device that a file without room on device source goes on on; None when there is none.
-
-    need_bytes is the file with what waits to be written to it.
-    """
-    if mode is Mode.FAST:
-        return None
-    fits = [
-        index
-        for index, device in enumerate(devices)
-        if index != source and device.free_bytes >= need_bytes
-    ]
-    # One that does not answer is still better than ENOSPC: a writer can wait for it.  Sideways
-    # or down before up.
-    above = devices[source].tier
-
-    def cost(i: int) -> tuple[bool, bool, int, int]:
-        device = devices[i]
-        return (not device.in_service, device.tier < above, device.tier, -device.free_bytes)
-
-    return min(fits, key=cost, default=None)
-
-
-def _roomiest(devices: Sequence[Room], tier: int) -> int | None:
-    fits = [i for i, device in enumerate(devices) if device.tier == tier and device.in_service]
-    return max(fits, key=lambda i: devices[i].free_bytes, default=None)
-
-
-# -- migration ----------------------------------------------------------------------------------
+# One look decides on so many moves at most; the next one goes on.
+DECISIONS_MAX = 256
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the operator asked for.  Shares are of the capacity of the fast tier, ages in seconds.
+    """The lines of each tier but the last, as shares of its capacity, and ages in seconds.
 
-    threshold -1: never by usage; max_age None: never by age.
+    threshold -1: never by usage; max_age_s None: never by age.
     """
 
     threshold: float = 0.5
@@ -97,6 +30,66 @@ class Limits:
     max_age_s: float | None = None
     min_age_s: float = 0.0
     cool_down_s: float = 3600.0
+    read_wait_s: float = 60.0  # so long what is read heavily may stay instead of going down
+
+
+class Keep(Enum):
+    """Where the segments of a rule belong, whatever the room."""
+
+    FAST = "fast"
+    SLOW = "slow"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What holds for some topics instead of the limits; None: as the limits say."""
+
+    topics: tuple[str, ...] = ()
+    keep: Keep | None = None
+    max_age_s: float | None = None
+    min_age_s: float | None = None
+
+    def leaves_at(self, limits: Limits) -> float:
+        """The age in seconds from which its segments leave the fast tier in any case."""
+        if self.keep is not None:
+            return 0.0 if self.keep is Keep.SLOW else math.inf
+        ages = [age for age in (self.max_age_s, limits.max_age_s) if age is not None]
+        return ages[0] if ages else math.inf
+
+    def stays_until(self, limits: Limits) -> float:
+        """The age in seconds before which its segments stay."""
+        if self.keep is Keep.SLOW:
+            return 0.0
+        return limits.min_age_s if self.min_age_s is None else self.min_age_s
+
+
+@dataclass(frozen=True)
+class Rules:
+    """All rules: the first one is for what no other is for, the last one for pinned paths."""
+
+    topics: tuple[Rule, ...] = ()
+    pins: tuple[str, ...] = ()  # globs of paths below the mount that stay on the fast tier
+
+    @property
+    def all(self) -> tuple[Rule, ...]:
+        """The rules in the order of their numbers."""
+        return (Rule(), *self.topics, Rule(keep=Keep.FAST))
+
+    def of_topic(self, topic: str) -> int:
+        """The number of the rule of a topic: the first one with a glob that fits."""
+        for number, rule in enumerate(self.topics, 1):
+            if any(fnmatch.fnmatchcase(topic, glob) for glob in rule.topics):
+                return number
+        return 0
+
+    def is_pinned(self, path: str) -> bool:
+        """Whether a path below the mount stays on the fast tier."""
+        return any(fnmatch.fnmatchcase(path, glob) for glob in self.pins)
+
+    @property
+    def pinned(self) -> int:
+        """The number of the rule of pinned paths."""
+        return len(self.topics) + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,70 +100,169 @@ class Segment:
     tier: int
     bytes: int
     age_s: float
-    active: bool = False
-    pinned: bool = False
     moved_s: float = math.inf  # since it was last moved
+    growth: float = 0.0  # of an active one: bytes per second
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """How full a tier is, in bytes; takes_bytes is how much may be moved to it now.
+
+    draining: it was over the threshold, and has not come down to the low watermark since.
+    """
+
+    used_bytes: int
+    capacity_bytes: int
+    takes_bytes: int
+    draining: bool = False
+
+    def is_over(self, share: float) -> bool:
+        """Whether more than this share of it is used."""
+        return self.used_bytes > share * self.capacity_bytes
+
+
+class View(Protocol):
+    """All segments that may move, those of one tier and rule in order of age."""
+
+    def oldest(self, tier: int, rule: int) -> Iterator[Segment]:
+        """Sealed ones, the oldest first."""
+
+    def newest(self, tier: int, rule: int) -> Iterator[Segment]:
+        """Sealed ones, the newest first."""
+
+    def active(self, tier: int) -> list[Segment]:
+        """Those that Kafka appends to."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A file to be moved, and why."""
+    """A segment that is to move to another tier, and why: age, topic, usage, full, room, pinned."""
 
     segment: Segment
-    to_fast: bool
+    tier: int
     why: str
 
+    @property
+    def is_demotion(self) -> bool:
+        """Whether it goes down."""
+        return self.tier > self.segment.tier
 
-def plan(limits: Limits, used: int, capacity: int, segments: Sequence[Segment]) -> list[Decision]:
-    """What is to be moved now, in this order: down, else up, never both at once."""
-    return _demotions(limits, used, capacity, segments) or _promotions(
-        limits, used, capacity, segments
-    )
+
+def plan(limits: Limits, rules: Rules, tiers: Sequence[Tier], view: View) -> list[Decision]:
+    """What is to move now, in this order: down, else up, never both at once."""
+    for upper in range(len(tiers) - 1):
+        found = _demotions(limits, rules, tiers, view, upper)
+        if found:
+            return found
+    for upper in range(len(tiers) - 1):
+        found = _promotions(limits, rules, tiers, view, upper)
+        if found:
+            return found
+    return []
+
+
+class _Moves:
+    """Decisions about one pair of tiers, as far as the target takes them."""
+
+    def __init__(self, tiers: Sequence[Tier], source: int, target: int) -> None:
+        self.decisions: list[Decision] = []
+        self.moved_bytes = 0
+        self._target = target
+        self._takes = tiers[target].takes_bytes
+        self._paths: set[bytes] = set()
+
+    def add(self, segment: Segment, why: str) -> bool:
+        """False when there is no use in asking for more."""
+        if segment.path in self._paths:
+            return True
+        if self.moved_bytes + segment.bytes > self._takes or len(self._paths) >= DECISIONS_MAX:
+            return False
+        self._paths.add(segment.path)
+        self.decisions.append(Decision(segment, self._target, why))
+        self.moved_bytes += segment.bytes
+        return True
 
 
 def _demotions(
-    limits: Limits, used: int, capacity: int, segments: Sequence[Segment]
+    limits: Limits, rules: Rules, tiers: Sequence[Tier], view: View, upper: int
 ) -> list[Decision]:
-    there = [s for s in segments if s.tier == 0 and not s.pinned]
-    oldest_first = sorted(there, key=lambda s: (-s.age_s, s.path))
-    sealed = [s for s in oldest_first if not s.active and s.age_s >= limits.min_age_s]
-    found: list[Decision] = []
-    for segment in sealed:
-        if limits.max_age_s is not None and segment.age_s > limits.max_age_s:
-            found.append(Decision(segment, to_fast=False, why="age"))
-            used -= segment.bytes
+    moves, tier = _Moves(tiers, upper, upper + 1), tiers[upper]
+
+    def is_over(share: float) -> bool:
+        return tier.used_bytes - moves.moved_bytes > share * tier.capacity_bytes
+
+    drains = is_over(limits.threshold) or tier.draining  # before what goes by age has gone
+    if upper == 0:
+        _demote_by_age(limits, rules, view, moves)
     if limits.threshold < 0:
-        return found
-    over = used > limits.threshold * capacity
-    for segment in sealed[len(found) :] if over else []:
-        if used <= limits.low_watermark * capacity:
-            break
-        found.append(Decision(segment, to_fast=False, why="usage"))
-        used -= segment.bytes
+        return moves.decisions
+    if drains:
+        for segment in merge(
+            *(_movable(limits, rules, view, upper, n) for n in range(len(rules.all))),
+            key=lambda s: -s.age_s,
+        ):
+            if not is_over(limits.low_watermark) or not moves.add(segment, "usage"):
+                break
     # Nothing sealed is left and the tier is nearly full: better now than in a writer's way.
-    for segment in oldest_first:
-        if used <= HIGH_MARK * capacity:
-            break
-        if segment.active:
-            found.append(Decision(segment, to_fast=False, why="full"))
-            used -= segment.bytes
-    return found
+    if is_over(HIGH_MARK):
+        for segment in sorted(view.active(upper), key=lambda s: s.growth):
+            if not is_over(HIGH_MARK) or not moves.add(segment, "full"):
+                break
+    return moves.decisions
+
+
+def _demote_by_age(limits: Limits, rules: Rules, view: View, moves: _Moves) -> None:
+    for number, rule in enumerate(rules.all):
+        if rule.keep is Keep.FAST:
+            continue
+        why = "topic" if rule.keep is Keep.SLOW else "age"
+        for segment in view.oldest(0, number):
+            if segment.age_s < rule.leaves_at(limits) or not moves.add(segment, why):
+                break
+
+
+def _movable(limits: Limits, rules: Rules, view: View, tier: int, number: int) -> Iterator[Segment]:
+    """The oldest first, as far as they are old enough to go."""
+    rule = rules.all[number]
+    if rule.keep is Keep.FAST:
+        return
+    for segment in view.oldest(tier, number):
+        if segment.age_s < rule.stays_until(limits):
+            return
+        yield segment
 
 
 def _promotions(
-    limits: Limits, used: int, capacity: int, segments: Sequence[Segment]
+    limits: Limits, rules: Rules, tiers: Sequence[Tier], view: View, upper: int
 ) -> list[Decision]:
+    """The newest first.  The first one that has to wait ends it: what is older must not take its
+    room."""
     if limits.threshold < 0:
         return []
-    found: list[Decision] = []
-    for segment in sorted(segments, key=lambda s: (s.age_s, s.path)):
-        too_old = limits.max_age_s is not None and segment.age_s > limits.max_age_s
-        if segment.tier == 0 or segment.active or too_old:
-            continue
-        if segment.moved_s < limits.cool_down_s:
-            continue
-        if used + segment.bytes > limits.low_watermark * capacity:
+    moves, tier = _Moves(tiers, upper + 1, upper), tiers[upper]
+
+    def fits(segment: Segment, share: float) -> bool:
+        room = share * tier.capacity_bytes - tier.used_bytes - moves.moved_bytes
+        return segment.bytes <= room
+
+    for segment in view.newest(upper + 1, rules.pinned):
+        if not fits(segment, limits.threshold) or not moves.add(segment, "pinned"):
             break
-        found.append(Decision(segment, to_fast=True, why="room"))
-        used += segment.bytes
-    return found
+    numbers = [n for n, r in enumerate(rules.all[:-1]) if not (r.keep is Keep.SLOW and upper == 0)]
+    newest = (_promotable(limits, rules, view, upper + 1, n) for n in numbers)
+    for segment in merge(*newest, key=lambda s: s.age_s):
+        waits = segment.moved_s < limits.cool_down_s
+        if waits or not fits(segment, limits.low_watermark) or not moves.add(segment, "room"):
+            break
+    return moves.decisions
+
+
+def _promotable(
+    limits: Limits, rules: Rules, view: View, tier: int, number: int
+) -> Iterator[Segment]:
+    """The newest first; into the fast tier up to the age at which they leave it."""
+    leaves_at = rules.all[number].leaves_at(limits) if tier == 1 else math.inf
+    for segment in view.newest(tier, number):
+        if segment.age_s > leaves_at:
+            return
+        yield segment

@@ -4,15 +4,25 @@ import fcntl
 import mmap
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import MakeMount
 from filetools import MIB, Background, is_spilled, opened
-from harness import Mount, run_pafkafs, tmpfs, wait_until
+from harness import (
+    GROWING,
+    PLAIN,
+    Mount,
+    fast_memory,
+    is_dead_mount,
+    run_pafkafs,
+    wait_until,
+)
 
 from pafkafs import control
 from pafkafs.errors import PafkafsError
@@ -23,11 +33,11 @@ STILL = ("--threshold", "-1")
 
 @pytest.fixture(params=["plain", "growing"])
 def mount(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Mount]:
-    with tmpfs(tmp_path / "memory", "256m") as fast:
+    with fast_memory(tmp_path / "memory", "256m") as fast:
         slow, mountpoint = tmp_path / "slow", tmp_path / "mnt"
         slow.mkdir()
         mountpoint.mkdir()
-        options = (*STILL, "--pmem", "on") if request.param == "growing" else STILL
+        options = (*STILL, *(GROWING if request.param == "growing" else PLAIN))
         mount = Mount(fast, slow, mountpoint, options, tmp_path / "pafkafs.log")
         try:
             yield mount.start()
@@ -49,6 +59,14 @@ def segment(mount: Mount, offset: int = 0, content: bytes = b"") -> Path:
 def migrate(tier: str, *paths: Path) -> None:
     result = run_pafkafs("migrate", "--wait", "--to", tier, *map(str, paths))
     assert result.returncode == 0, result.stderr
+
+
+def moving(mount: Mount) -> list[dict[str, Any]]:
+    """What is on its way; without starting a program, which may take longer than the move."""
+    found: list[dict[str, Any]] = control.ask(str(mount.mountpoint), "status")["migration"][
+        "running"
+    ]
+    return found
 
 
 def status_of(path: Path) -> tuple[int, ...]:
@@ -98,6 +116,21 @@ def test_size_and_times_of_the_object_are_those_of_the_file(mount: Mount) -> Non
     wait_until(alike, "the attributes")
 
 
+def test_older_time_that_was_set_on_a_demoted_file_survives_the_daemon(mount: Mount) -> None:
+    path = segment(mount, content=os.urandom(MIB))
+    migrate("slow", path)
+    (object_,) = mount.objects
+    times = (10**18, 10**18 + 7)
+    pid = mount.pid
+    os.utime(path, ns=times)
+    os.kill(pid, signal.SIGKILL)  # before the object has got it
+    wait_until(lambda: is_dead_mount(mount.mountpoint), "the daemon's death")
+    assert object_.stat().st_mtime_ns != times[1]
+    mount.start()
+    wait_until(lambda: object_.stat().st_mtime_ns == times[1], "the object to get it")
+    assert path.stat().st_mtime_ns == times[1]
+
+
 @pytest.mark.parametrize("tier", ["slow", "fast"])
 def test_writes_and_truncations_during_the_copy_are_in_the_result(mount: Mount, tier: str) -> None:
     path = segment(mount, content=os.urandom(24 * MIB))
@@ -138,11 +171,11 @@ def test_writes_and_truncations_during_the_copy_are_in_the_result(mount: Mount, 
 
 
 def test_file_cut_and_made_longer_during_the_copy_has_zeros_between(mount: Mount) -> None:
-    mount.restart("--migrate-rate", "64MiB")
+    mount.restart("--migrate-rate", "16MiB")
     content = os.urandom(32 * MIB)
     path = segment(mount, content=content)
     run_pafkafs("migrate", "--to", "slow", str(path))
-    wait_until(lambda: mount.status()["migration"]["running"], "the copy to begin")
+    wait_until(lambda: moving(mount), "the copy to begin")
     with opened(path, os.O_RDWR) as fd:
         os.ftruncate(fd, MIB)
         os.pwrite(fd, b"behind a hole", 20 * MIB)
@@ -191,9 +224,9 @@ def test_removed_during_the_copy_leaves_nothing(mount: Mount) -> None:
     mount.restart("--migrate-rate", "32MiB")
     path = segment(mount, content=os.urandom(64 * MIB))
     run_pafkafs("migrate", "--to", "slow", str(path))
-    wait_until(lambda: mount.status()["migration"]["running"], "the copy to begin")
+    wait_until(lambda: moving(mount), "the copy to begin")
     path.unlink()
-    wait_until(lambda: not mount.status()["migration"]["running"], "the moves to end")
+    wait_until(lambda: not moving(mount), "the moves to end")
     wait_until(lambda: leaves_nothing_behind(mount), "the copies to be removed")
 
 
@@ -201,11 +234,28 @@ def test_second_request_for_a_file_that_moves_is_refused(mount: Mount) -> None:
     mount.restart("--migrate-rate", "32MiB")
     path = segment(mount, content=os.urandom(64 * MIB))
     run_pafkafs("migrate", "--to", "slow", str(path))
-    wait_until(lambda: mount.status()["migration"]["running"], "the copy to begin")
+    wait_until(lambda: moving(mount), "the copy to begin")
     second = run_pafkafs("migrate", "--wait", "--to", "slow", str(path))
     assert second.returncode == 1
     assert "being moved already" in second.stderr
     wait_until(lambda: is_spilled(mount, path), "the first to arrive")
+
+
+def test_segment_that_becomes_the_active_one_during_the_copy_stays(mount: Mount) -> None:
+    mount.restart("--migrate-rate", "32MiB")
+    content = os.urandom(64 * MIB)
+    path = segment(mount, content=content)
+    results: list[str] = []
+    command = Background(
+        lambda: results.append(run_pafkafs("migrate", "--wait", "--to", "slow", str(path)).stderr)
+    )
+    wait_until(lambda: moving(mount), "the copy to begin")
+    path.with_name(f"{10**12:020}.log").unlink()  # as a follower does that truncates
+    command.join()
+    assert "became the active segment" in results[0]
+    assert not is_spilled(mount, path)
+    assert path.read_bytes() == content
+    wait_until(lambda: leaves_nothing_behind(mount), "the copy to be removed")
 
 
 def test_renamed_with_its_directory_during_the_copy_arrives(mount: Mount) -> None:
@@ -213,7 +263,7 @@ def test_renamed_with_its_directory_during_the_copy_arrives(mount: Mount) -> Non
     content = os.urandom(64 * MIB)
     path = segment(mount, content=content)
     command = Background(lambda: migrate("slow", path))
-    wait_until(lambda: mount.status()["migration"]["running"], "the copy to begin")
+    wait_until(lambda: moving(mount), "the copy to begin")
     moved = path.parent.rename(path.parent.with_name("renamed-0"))
     command.join()
     assert is_spilled(mount, moved / path.name)
@@ -313,10 +363,49 @@ def test_oldest_sealed_segments_go_down_to_the_low_watermark(make_mount: MakeMou
     assert not mount.objects
     run_pafkafs("resume", str(mount.mountpoint))
     wait_until(lambda: fast_share(mount) <= 0.25, "usage to fall")
-    wait_until(lambda: not mount.status()["migration"]["running"], "the last move")
+    wait_until(lambda: not moving(mount), "the last move")
     down = [is_spilled(mount, path) for path in contents]
     assert down == sorted(down, reverse=True)  # the oldest, without a gap
     assert 7 <= sum(down) <= 9
+    for path, content in contents.items():
+        assert path.read_bytes() == content
+
+
+def test_nearly_full_fast_tier_drains_to_a_slow_tier_that_is_half_full(
+    make_mount: MakeMount,
+) -> None:
+    mount = make_mount(*STILL, "--fast-capacity", "64MiB", "--slow-capacity", "64MiB")
+    mount.start()
+    contents = write_segments(mount, 8)
+    migrate("slow", *contents)
+    run_pafkafs("pause", str(mount.mountpoint))
+    run_pafkafs("set", str(mount.mountpoint), "threshold=0.9", "interval=100ms", "cool-down=1h")
+    for number in range(8, 22):
+        content = os.urandom(4 * MIB)
+        contents[segment(mount, number, content)] = content
+    (mount.mountpoint / "filler").write_bytes(bytes(6 * MIB))
+    assert fast_share(mount) > 0.95
+    run_pafkafs("resume", str(mount.mountpoint))
+    wait_until(lambda: fast_share(mount) <= 0.9, "usage to fall")
+    for path, content in contents.items():
+        assert path.read_bytes() == content
+
+
+def test_active_segments_go_down_before_their_writers_have_to_wait(make_mount: MakeMount) -> None:
+    mount = make_mount("--fast-capacity", "64MiB", "--interval", "100ms")
+    mount.start()
+    run_pafkafs("pause", str(mount.mountpoint))
+    contents = {}
+    for number in range(4):  # of each partition the only one, and so the active one
+        path = mount.mountpoint / f"topic-{number}" / f"{0:020}.log"
+        path.parent.mkdir()
+        contents[path] = os.urandom(15 * MIB)
+        path.write_bytes(contents[path])
+    (mount.mountpoint / "filler").write_bytes(bytes(2 * MIB))
+    assert fast_share(mount) > 0.95
+    assert not mount.objects
+    run_pafkafs("resume", str(mount.mountpoint))
+    wait_until(lambda: fast_share(mount) <= 0.95 and mount.objects, "one to go down")
     for path, content in contents.items():
         assert path.read_bytes() == content
 
@@ -341,6 +430,15 @@ def test_old_segments_go_down_though_there_is_room(make_mount: MakeMount) -> Non
     os.utime(old, ns=(10**18, 10**18))
     wait_until(lambda: is_spilled(mount, old), "the old one to go down")
     assert not is_spilled(mount, young)
+
+
+def test_segment_that_is_given_the_time_of_an_old_one_goes_down(make_mount: MakeMount) -> None:
+    mount = make_mount("--interval", "10ms", "--max-age", "1h")
+    mount.start()
+    path = segment(mount, 1, b"cleaned")
+    mount.status()  # takes longer than the first look
+    os.utime(path, ns=(10**18, 10**18))
+    wait_until(lambda: is_spilled(mount, path), "it to go down")
 
 
 def test_pinned_paths_stay(make_mount: MakeMount) -> None:
@@ -376,8 +474,29 @@ def test_status_shows_what_moves(make_mount: MakeMount) -> None:
     mount.start()
     path = segment(mount, content=os.urandom(64 * MIB))
     run_pafkafs("migrate", "--to", "slow", str(path))
-    moving = wait_until(lambda: mount.status()["migration"]["running"], "the move")
-    assert moving[0]["path"] == str(path.relative_to(mount.mountpoint))
-    assert moving[0]["size_bytes"] == 64 * MIB
+    found = wait_until(lambda: moving(mount), "the move")
+    assert found[0]["path"] == str(path.relative_to(mount.mountpoint))
+    assert found[0]["size_bytes"] == 64 * MIB
     assert "moving topic-0" in run_pafkafs("status", str(mount.mountpoint)).stdout
     path.unlink()
+
+
+@pytest.mark.parametrize("tier", ["slow", "fast"])
+def test_unmount_leaves_nothing_of_a_copy_that_was_under_way(
+    make_mount: MakeMount, tier: str
+) -> None:
+    mount = make_mount(*STILL)
+    mount.start()
+    content = os.urandom(64 * MIB)
+    path = segment(mount, content=content)
+    if tier == "fast":
+        migrate("slow", path)
+    there = mount.objects
+    run_pafkafs("set", str(mount.mountpoint), "migrate-rate=4MiB")
+    run_pafkafs("migrate", "--to", tier, str(path))
+    wait_until(lambda: moving(mount) and moving(mount)[0]["copied_bytes"], "the copy")
+    mount.stop()
+    assert mount.objects == there
+    assert list((mount.fast / "tmp").iterdir()) == []
+    mount.start()
+    assert path.read_bytes() == content
