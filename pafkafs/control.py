@@ -1,7 +1,7 @@
 """The daemon's control socket: where it is, who may use it, and its protocol.
 
 One line of JSON asks, one line answers: {"command": "status", …arguments} -> {"ok": true,
-"result": …} or {"ok": false, "error": "…"}.
+"result": …} or {"ok": false, "error": "…", "usage": whether the request is at fault}.
 """
 
 import errno
@@ -19,11 +19,12 @@ from typing import Any
 
 import trio
 
-from pafkafs.errors import PafkafsError
+from pafkafs.errors import PafkafsError, UsageError
 
 log = logging.getLogger(__name__)
 
-REQUEST_BYTES_MAX = 4096
+# A path of 4,096 bytes, each of them escaped.
+REQUEST_BYTES_MAX = 32 << 10
 ANSWER_BYTES_MAX = 16 << 20
 TIMEOUT_S = 5.0
 _CONNECTIONS_MAX = 16
@@ -146,11 +147,15 @@ async def _answer(request: bytes, commands: Commands) -> dict[str, Any]:
     try:
         return {"ok": True, "result": await command(asked)}
     except PafkafsError as error:
-        return {"ok": False, "error": str(error)}
+        return {"ok": False, "error": str(error), "usage": isinstance(error, UsageError)}
 
 
 def ask(mountpoint: str, command: str, **arguments: Any) -> Any:
-    """Asks the daemon of a mountpoint.  NoDaemon when none listens, PafkafsError otherwise."""
+    """Asks the daemon of a mountpoint.  NoDaemon when none listens, UsageError when the request
+    is at fault, PafkafsError otherwise."""
+    request = json.dumps({"command": command, **arguments}).encode() + b"\n"
+    if len(request) > REQUEST_BYTES_MAX:
+        raise UsageError(f"this is longer than the {REQUEST_BYTES_MAX >> 10} KiB of a request")
     path = socket_path(mountpoint)
     if path.parent.is_symlink() or path.parent.exists():
         _check_own(path.parent)
@@ -159,7 +164,7 @@ def ask(mountpoint: str, command: str, **arguments: Any) -> Any:
         try:
             with _short_name(path) as name:
                 client.connect(name)
-            client.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
+            client.sendall(request)
             answer = _receive_line(client)
         except (FileNotFoundError, ConnectionRefusedError) as error:
             raise NoDaemon(f"no pafkafs daemon serves {mountpoint}") from error
@@ -169,7 +174,8 @@ def ask(mountpoint: str, command: str, **arguments: Any) -> Any:
             reason = error.strerror or "it does not answer"
             raise PafkafsError(f"the daemon of {mountpoint} cannot be asked: {reason}") from error
     if not answer.get("ok"):
-        raise PafkafsError(str(answer.get("error", "the daemon refused the request")))
+        kind = UsageError if answer.get("usage") else PafkafsError
+        raise kind(str(answer.get("error", "the daemon refused the request")))
     return answer["result"]
 
 

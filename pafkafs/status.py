@@ -9,10 +9,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pafkafs.device import Device
+from pafkafs.placement import tier_name
 from pafkafs.units import format_duration
 
 JSON_VERSION = 1
-TIER_NAMES = ("fast", "slow")
+
+# Of the slots: above this share it is told that they may run out.
+_SLOTS_MANY = 0.9
 
 HEALTHY = "healthy"
 DEGRADED = "degraded"
@@ -36,6 +39,8 @@ class DeviceStatus:
     capacity_bytes: int
     used_bytes: int
     files: int
+    errors: int  # since the mount
+    hung_s: float  # since it has completed nothing, when that is suspicious; else 0
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class MoveStatus:
     path: str
     source: str
     target: str
+    direction: str  # demote, promote, or sideways
     size_bytes: int
     copied_bytes: int
     seconds: float
@@ -66,7 +72,10 @@ class MigrationStatus:
     paused: bool
     running: tuple[MoveStatus, ...]
     planned: int  # files that go next
+    planned_bytes: int
     why: str | None
+    next: str | None  # the first of them
+    notes: tuple[str, ...]  # what keeps the task from what the lines ask for
     files: int
     bytes: int
     failed: int
@@ -76,12 +85,16 @@ class MigrationStatus:
 
 @dataclass(frozen=True)
 class PoolStatus:
-    """Files prepared for new segments in persistent memory."""
+    """Segments that grow in persistent memory, and files prepared for new ones."""
 
     files: int
     bytes: int
     segment_bytes: int  # what Kafka rolls at, as far as known; else 0
     persist: str  # what makes a store durable
+    growing: int  # segments that grow now
+    ahead_bytes: int  # allocated for them beyond their logical sizes
+    slots_used: int  # one for each of them, and for each file of the pool
+    slots: int
 
 
 @dataclass(frozen=True)
@@ -94,8 +107,11 @@ class MountStatus:
     mode: str | None
     pid: int | None
     uptime_s: float | None
+    known_files: int = 0
+    all_known: bool = False  # else the home tree is still being read
     open_files: int = 0
     requests: int = 0
+    metrics: str | None = None  # the address where they are served
     pool: PoolStatus | None = None
     migration: MigrationStatus | None = None
     tiers: tuple[TierStatus, ...] = ()
@@ -117,7 +133,7 @@ def tier_statuses(devices: Sequence[Device]) -> tuple[TierStatus, ...]:
     """The devices by tier."""
     return tuple(
         TierStatus(
-            name=TIER_NAMES[tier],
+            name=tier_name(tier, devices[-1].tier),
             kind=next(device.kind for device in devices if device.tier == tier),
             devices=tuple(_device(device) for device in devices if device.tier == tier),
         )
@@ -131,7 +147,19 @@ def _device(device: Device) -> DeviceStatus:
         capacity_bytes=device.capacity_bytes,
         used_bytes=max(0, device.native.used_bytes),
         files=device.files,
+        errors=device.errors,
+        hung_s=round(device.hung_s, 1),
     )
+
+
+def slot_notes(used: int, slots: int) -> list[str]:
+    """Whether segments will soon not grow, for lack of slots."""
+    if used <= _SLOTS_MANY * slots:
+        return []
+    return [
+        f"{used} of {slots} slots of segments that grow in persistent memory are in use: with none "
+        "left, new segments are written with pwrite, which is slower"
+    ]
 
 
 def device_problems(device: Device) -> list[Problem]:

@@ -1,4 +1,4 @@
-"""Sizes as people write and read them."""
+"""Sizes, durations and names as people write and read them."""
 
 import re
 
@@ -60,3 +60,15 @@ def format_duration(seconds: float) -> str:
         if whole >= size:
             return f"{whole // size} {name} {whole % size // below_size} {below}"
     return f"{whole} s"
+
+
+def printable(text: str) -> str:
+    """A text with names in it as one line that any terminal can show: names are bytes, and may
+    be no text, or one that steers the terminal."""
+    return "".join(char if char.isprintable() else _escape(char) for char in text)
+
+
+def _escape(char: str) -> str:
+    if "\udc80" <= char <= "\udcff":  # a byte that is not UTF-8, as os.fsdecode gives it
+        return f"\\x{ord(char) - 0xDC00:02x}"
+    return char.encode("unicode_escape").decode()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pafkafs.commands.mount_helper import parse_options
 from pafkafs.config import mount_options, read_config
 from pafkafs.errors import UsageError
-from pafkafs.policy import Mode
+from pafkafs.placement import Mode
 from pafkafs.units import format_duration, format_size, parse_size
 
 GIVEN = {"fast": "/pmem0,/pmem1", "slow": "/hdd", "mountpoint": "/kafka-logs"}
@@ -53,8 +53,8 @@ def test_duration_for_people(seconds: float, text: str) -> None:
 
 def test_defaults() -> None:
     options = mount_options({}, GIVEN)
-    assert options.fast == ("/pmem0", "/pmem1")
-    assert options.fast_capacity == (-1, -1)
+    assert options.tiers[0] == ("/pmem0", "/pmem1")
+    assert options.capacity[:2] == (-1, -1)
     assert options.mode is Mode.TIERED
     assert options.durability is None
     assert options.source == "/pmem0,/pmem1:/hdd"
@@ -62,7 +62,7 @@ def test_defaults() -> None:
 
 def test_short_list_of_capacities_repeats_its_last() -> None:
     options = mount_options({}, {**GIVEN, "fast": "/a,/b,/c", "fast-capacity": "1GiB,2GiB"})
-    assert options.fast_capacity == (1 << 30, 2 << 30, 2 << 30)
+    assert options.capacity[:3] == (1 << 30, 2 << 30, 2 << 30)
 
 
 def test_command_line_goes_before_the_file() -> None:

@@ -1,15 +1,18 @@
 """`pafkafs mount`, `umount` and the mount helper, from the outside."""
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import MakeMount
+from filetools import Background, cut_off, opened
 from harness import (
     MOUNT_PAFKAFS,
     PAFKAFS,
@@ -22,6 +25,8 @@ from harness import (
     run_pafkafs,
     wait_until,
 )
+
+from pafkafs.commands.mount import Starter
 
 
 def entries(*directories: Path) -> list[list[str]]:
@@ -76,7 +81,7 @@ def test_signal_syncs_and_unmounts_also_when_busy(
     make_mount: MakeMount, number: signal.Signals
 ) -> None:
     mount = make_mount().start()
-    with open(mount.mountpoint / "file", "wb", buffering=0) as stream:
+    with cut_off(mount.mountpoint / "file") as stream:
         stream.write(b"kept")
         pid = mount.pid
         os.kill(pid, number)
@@ -91,7 +96,7 @@ def test_stores_into_a_mapping_survive_sigterm(make_mount: MakeMount) -> None:
     import mmap
 
     mount = make_mount().start()
-    with open(mount.mountpoint / "file", "w+b") as stream:
+    with cut_off(mount.mountpoint / "file") as stream:
         stream.truncate(8192)
         with mmap.mmap(stream.fileno(), 8192) as mapped:
             mapped[5000:5004] = b"here"
@@ -125,6 +130,23 @@ def test_mount_left_dead_by_sigkill_is_replaced(make_mount: MakeMount) -> None:
     assert (mount.mountpoint / "file").read_bytes() == b"survives"
 
 
+def test_failure_after_the_mount_is_ready_is_not_written_to_somebodys_file(
+    tmp_path: Path,
+) -> None:
+    """The pipe to who started the daemon is closed by then; its number is the next one's."""
+    reader, writer = os.pipe()
+    starter = Starter(writer)
+    starter.tell(b"ok")
+    os.close(reader)
+    data = tmp_path / "segment"
+    data.write_bytes(b"records")
+    with data.open("r+b", buffering=0) as file:
+        os.dup2(file.fileno(), writer)
+        starter.tell(b"unexpected error")
+        os.close(writer)
+    assert data.read_bytes() == b"records"
+
+
 def test_umount_is_refused_while_a_file_is_open(mount: Mount) -> None:
     with open(mount.mountpoint / "file", "wb"):
         result = run_pafkafs("umount", str(mount.mountpoint))
@@ -152,6 +174,29 @@ def test_second_daemon_on_the_same_devices_is_refused(make_mount: MakeMount) -> 
     result = second.mount()
     assert result.returncode == 1
     assert "in use by another pafkafs" in result.stderr
+
+
+def test_mount_waits_for_the_locks_of_a_daemon_that_is_about_to_be_gone(
+    make_mount: MakeMount,
+) -> None:
+    mount = make_mount().start()
+    mount.stop()
+    with opened(mount.fast, os.O_RDONLY) as fd:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        starting = Background(mount.start)
+        wait_until(lambda: is_opened_by_a_child(mount.fast), "the mount to try")
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        starting.join()
+    assert os.path.ismount(mount.mountpoint)
+
+
+def is_opened_by_a_child(path: Path) -> bool:
+    for child in psutil.Process().children(recursive=True):
+        for link in Path(f"/proc/{child.pid}/fd").glob("*"):
+            with suppress(OSError):
+                if os.readlink(link) == str(path):
+                    return True
+    return False
 
 
 def test_second_mount_at_the_same_place_is_refused(make_mount: MakeMount) -> None:

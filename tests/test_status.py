@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 from conftest import MakeMount
+from filetools import Child
 from harness import Mount, run_pafkafs, wait_until
 
 from pafkafs import control
+from pafkafs.errors import UsageError
 
 
 def test_json_has_what_its_version_promises(make_mount: MakeMount) -> None:
@@ -32,6 +34,8 @@ def test_json_has_what_its_version_promises(make_mount: MakeMount) -> None:
             "capacity_bytes": 8 << 20,
             "used_bytes": 4096,
             "files": 1,
+            "errors": 0,
+            "hung_s": 0.0,
         }
     ]
     assert slow["devices"][0]["files"] == 1
@@ -131,3 +135,49 @@ def test_socket_is_for_its_owner_alone(mount: Mount) -> None:
     path = control.socket_path(str(mount.mountpoint))
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.parent.stat().st_mode & 0o022 == 0
+
+
+def test_other_user_gets_no_answer(mount: Mount) -> None:
+    path = control.socket_path(str(mount.mountpoint))
+    path.chmod(0o666)
+    mode = path.parent.stat().st_mode
+    path.parent.chmod(0o755)
+    try:
+
+        def ask() -> bytes:
+            os.setuid(12345)
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(str(path))
+                client.sendall(b'{"command": "status"}\n')
+                try:
+                    return client.recv(65536)
+                except ConnectionResetError:
+                    return b""
+
+        assert Child(ask).result() == b""
+    finally:
+        path.parent.chmod(mode)
+        path.chmod(0o600)
+    assert mount.status()["state"] == "healthy"
+
+
+def test_request_that_trickles_and_answer_that_is_not_read_are_given_up(mount: Mount) -> None:
+    path = str(control.socket_path(str(mount.mountpoint)))
+    with socket.socket(socket.AF_UNIX) as slow, socket.socket(socket.AF_UNIX) as deaf:
+        for client in (slow, deaf):
+            client.settimeout(60)
+            client.connect(path)
+        deaf.sendall(b'{"command": "status"}\n')
+        slow.sendall(b'{"command": ')
+        assert mount.status()["state"] == "healthy"
+        assert slow.recv(1) == b""  # after its time
+    assert mount.status()["state"] == "healthy"
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"values": 7}, {"values": {"threshold": 7}}, {"values": {"": "x"}}]
+)
+def test_malformed_set_is_refused(mount: Mount, arguments: dict[str, object]) -> None:
+    with pytest.raises(UsageError):
+        control.ask(str(mount.mountpoint), "set", **arguments)
+    assert mount.status()["state"] == "healthy"

@@ -1,17 +1,34 @@
 """The command line: one module for each verb.  Turns errors into one line and an exit status."""
 
+import importlib
+import os
 import sys
 
 import click
 
 from pafkafs import __version__
+
+try:
+    importlib.import_module("pafkafs._native")
+except ImportError as error:
+    sys.exit(
+        f"pafkafs: its native module cannot be loaded: {error}; "
+        "apt-get install libpmem1, or install pafkafs again"
+    )
+
 from pafkafs.commands.adopt import adopt
+from pafkafs.commands.check import check
+from pafkafs.commands.completion import completion
 from pafkafs.commands.doctor import doctor
+from pafkafs.commands.ls import ls
 from pafkafs.commands.migrate import migrate, pause, resume
 from pafkafs.commands.mount import mount
+from pafkafs.commands.rescue import rescue
+from pafkafs.commands.settings import get, reload, set_
 from pafkafs.commands.status import status
 from pafkafs.commands.umount import umount
 from pafkafs.errors import PafkafsError
+from pafkafs.units import printable
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -24,10 +41,27 @@ def cli() -> None:
     pafkafs status                          what is where, and what is wrong
     pafkafs umount /kafka-logs
     pafkafs doctor /pmem /hdd /kafka-logs   what this host lacks
+    pafkafs check /pmem /hdd                what is wrong on the devices
     """
 
 
-for command in (mount, umount, status, migrate, pause, resume, adopt, doctor):
+for command in (
+    mount,
+    umount,
+    status,
+    ls,
+    migrate,
+    pause,
+    resume,
+    get,
+    set_,
+    reload,
+    adopt,
+    doctor,
+    check,
+    rescue,
+    completion,
+):
     cli.add_command(command)
 
 
@@ -42,11 +76,11 @@ def run(command: click.Command, arguments: list[str] | None = None) -> None:
         result = command.main(arguments, standalone_mode=False)
         sys.exit(result if isinstance(result, int) else 0)
     except PafkafsError as error:
-        click.echo(f"pafkafs: {error}", err=True)
+        click.echo(f"pafkafs: {printable(str(error))}", err=True)
         sys.exit(error.exit_status)
     except OSError as error:
-        where = f": {error.filename}" if error.filename is not None else ""
-        click.echo(f"pafkafs: {error.strerror or error}{where}", err=True)
+        where = f": {os.fsdecode(error.filename)}" if error.filename is not None else ""
+        click.echo(printable(f"pafkafs: {error.strerror or error}{where}"), err=True)
         sys.exit(1)
     except click.ClickException as error:
         error.show()

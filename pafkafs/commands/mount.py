@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import click
 
+from pafkafs.commands import completing
 from pafkafs.config import (
     DURABILITIES,
     MODES,
@@ -24,9 +25,9 @@ _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 @click.command()
-@click.argument("fast", required=False)
-@click.argument("slow", required=False)
-@click.argument("mountpoint", required=False)
+@click.argument("fast", required=False, shell_complete=completing.directories)
+@click.argument("slow", required=False, shell_complete=completing.directories)
+@click.argument("mountpoint", required=False, shell_complete=completing.directories)
 @click.option(
     "--fast-capacity",
     metavar="SIZE[,SIZE…]",
@@ -36,6 +37,17 @@ _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     "--slow-capacity",
     metavar="SIZE[,SIZE…]",
     help="The same for the slow devices. A short list repeats its last size.",
+)
+@click.option(
+    "--tier",
+    multiple=True,
+    metavar="DEVICE[,DEVICE…]",
+    help="A tier between FAST and SLOW; given again, one below it.",
+)
+@click.option(
+    "--middle-capacity",
+    metavar="SIZE[,SIZE…]",
+    help="As --fast-capacity, for the devices of all tiers between.",
 )
 @click.option(
     "--mode",
@@ -82,6 +94,11 @@ _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 @click.option(
     "--cool-down", metavar="TIME", help="What went down stays there at least so long (1h)."
 )
+@click.option(
+    "--read-wait",
+    metavar="TIME",
+    help="What is read heavily may stay so much longer (default 1m; 0s: not at all).",
+)
 @click.option("--interval", metavar="TIME", help="How often to look (default 5s).")
 @click.option("--migrate-threads", metavar="N", help="Files that move at once (default 1).")
 @click.option(
@@ -93,9 +110,23 @@ _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     "--pin", metavar="GLOB[,GLOB…]", help="Paths below the mount that stay on the fast tier."
 )
 @click.option(
-    "--config", metavar="FILE", help="TOML file with these options (fast, slow, mountpoint too)."
+    "--metrics",
+    metavar="ADDRESS:PORT",
+    help="Serve metrics for Prometheus there, to whoever can connect: 127.0.0.1:9464 or "
+    "[::1]:9464 for this host only; port 0 is any, which status tells.",
 )
-@click.option("--log-file", metavar="FILE", help="Where the daemon logs.")
+@click.option(
+    "--config",
+    metavar="FILE",
+    help="TOML file with these options (fast, slow, mountpoint too); see pafkafs reload.",
+    shell_complete=completing.files,
+)
+@click.option(
+    "--log-file",
+    metavar="FILE",
+    help="Where the daemon logs.",
+    shell_complete=completing.files,
+)
 @click.option(
     "-f", "--foreground", is_flag=True, help="Stay in the foreground and log to stderr: systemd."
 )
@@ -106,9 +137,11 @@ def mount(config: str | None, foreground: bool, **given: Any) -> None:
     commas. New directories are made into devices of a set; later mounts need all of them.
     Returns when the mount is ready.
     """
+    given["tier"] = list(given["tier"]) or None
     options = mount_options(
         read_config(config) if config is not None else {},
         {name.replace("_", "-"): value for name, value in given.items()},
+        config,
     )
     if foreground:
         _serve_in_foreground(options)
@@ -141,41 +174,51 @@ def start_in_background(options: MountOptions) -> None:
 def _become_daemon(options: MountOptions, write_end: int) -> NoReturn:
     """In the child: never returns."""
     os.setsid()
+    starter = Starter(write_end)
     exit_status = 1
     try:
         path = log_path(options)
         logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, handlers=[_log_handler(path)])
         from pafkafs.daemon import serve
 
-        serve(options, lambda: _tell_ready(write_end))
+        serve(options, starter.tell_ready)
         exit_status = 0
     except PafkafsError as error:
         logging.error("%s", error)
-        _tell(write_end, str(error).encode())
+        starter.tell(str(error).encode())
     except BaseException as error:
         logging.exception("the daemon failed")
-        _tell(write_end, f"unexpected error: {error!r}; see {log_path(options)}".encode())
+        starter.tell(f"unexpected error: {error!r}; see {log_path(options)}".encode())
     finally:
         logging.shutdown()
         os._exit(exit_status)
 
 
-def _tell_ready(write_end: int) -> None:
-    """Lets go of the terminal: from now on errors go to the log."""
-    os.chdir("/")
-    null = os.open(os.devnull, os.O_RDWR)
-    for standard in (0, 1, 2):
-        os.dup2(null, standard)
-    os.close(null)
-    _tell(write_end, _OK)
+class Starter:
+    """Who waits for the daemon: it is told one thing, through a pipe."""
 
+    def __init__(self, write_end: int) -> None:
+        self._write_end = write_end
 
-def _tell(write_end: int, message: bytes) -> None:
-    try:
-        os.write(write_end, message)
-        os.close(write_end)
-    except OSError:
-        logging.exception("nobody waits for the daemon any more")
+    def tell_ready(self) -> None:
+        """Lets go of the terminal: from now on errors go to the log."""
+        os.chdir("/")
+        null = os.open(os.devnull, os.O_RDWR)
+        for standard in (0, 1, 2):
+            os.dup2(null, standard)
+        os.close(null)
+        self.tell(_OK)
+
+    def tell(self, message: bytes) -> None:
+        """Once: afterwards the number of the pipe may be that of somebody's file."""
+        write_end, self._write_end = self._write_end, -1
+        if write_end < 0:
+            return
+        try:
+            os.write(write_end, message)
+            os.close(write_end)
+        except OSError:
+            logging.exception("nobody waits for the daemon any more")
 
 
 def log_path(options: MountOptions) -> Path:

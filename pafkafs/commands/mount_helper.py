@@ -33,7 +33,8 @@ _NOT_OURS = {
     "async",
 }
 _NOT_OURS_PREFIXES = ("x-", "comment=")
-_OPTIONS = (*(key for key in KEYS if key not in ("fast", "slow", "mountpoint")), "config")
+_ELSEWHERE = ("fast", "tier", "slow", "mountpoint", "topics")
+_OPTIONS = (*(key for key in KEYS if key not in _ELSEWHERE), "config")
 
 
 def parse_options(text: str) -> dict[str, str]:
@@ -61,14 +62,14 @@ def parse_options(text: str) -> dict[str, str]:
 @click.option("-s", is_flag=True, help="Accepted for mount(8).")
 @click.option("-v", is_flag=True, help="Accepted for mount(8).")
 def helper(source: str, mountpoint: str, options: str, fake: bool, **_accepted: Any) -> None:
-    """Mount SOURCE, FAST:SLOW, at MOUNTPOINT."""
-    fast, colon, slow = source.partition(":")
-    if not colon or ":" in slow:
+    """Mount SOURCE, FAST:SLOW or FAST:MIDDLE:SLOW, at MOUNTPOINT."""
+    if ":" not in source:
         raise UsageError(f"'{source}' does not name the tiers; write FAST:SLOW, like /pmem:/hdd")
+    fast, *middle, slow = source.split(":")
     given: dict[str, Any] = dict(parse_options(options))
     config = given.pop("config", None)
-    given.update(fast=fast, slow=slow, mountpoint=mountpoint)
-    checked = mount_options({} if config is None else read_config(config), given)
+    given.update(fast=fast, tier=middle or None, slow=slow, mountpoint=mountpoint)
+    checked = mount_options({} if config is None else read_config(config), given, config)
     if not fake:
         start_in_background(checked)
 

@@ -2,43 +2,106 @@
 
 import json
 import os
+import re
 import sys
+import time
 from typing import Any
 
 import click
 
 from pafkafs import control, mountpoint
-from pafkafs.errors import EXIT_UNHEALTHY, PafkafsError
+from pafkafs.commands import completing
+from pafkafs.errors import EXIT_UNHEALTHY, PafkafsError, UsageError
 from pafkafs.status import DEAD, HEALTHY, UNKNOWN, MountStatus, Problem, as_dict, to_json
-from pafkafs.units import format_duration, format_size
+
+_WATCH_S = "2"
+_NUMBER = re.compile(r"\d+(\.\d*)?")
 
 
-@click.command()
-@click.argument("where", metavar="[MOUNTPOINT]", required=False)
+class _WithWatch(click.Command):
+    """--watch takes a number or nothing: what follows it may be the mountpoint."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if "--watch" in args:
+            at = args.index("--watch")
+            if not _NUMBER.fullmatch("".join(args[at + 1 : at + 2])):
+                args = [*args[: at + 1], _WATCH_S, *args[at + 1 :]]
+        return super().parse_args(ctx, args)
+
+
+@click.command(cls=_WithWatch)
+@click.argument(
+    "where", metavar="[MOUNTPOINT]", required=False, shell_complete=completing.mountpoints
+)
 @click.option("--json", "as_json", is_flag=True, help="For programs; the format has a version.")
-def status(where: str | None, as_json: bool) -> int:
+@click.option(
+    "--watch",
+    metavar="[SECONDS]",
+    help=f"Show it again every SECONDS (default {_WATCH_S}), until Ctrl-C or the end of the mount.",
+)
+def status(where: str | None, as_json: bool, watch: str | None) -> int:
     """Show the state of the mount at MOUNTPOINT, or of all.
 
-    Exit status: 0 all healthy, 1 not, 2 wrong usage.
+    Exit status: 0 all healthy, 1 not, 2 wrong usage. With --watch: 0 after Ctrl-C, 1 when nothing
+    is mounted any more.
     """
-    found = [ask(mounted) for mounted in _chosen(where)]
+    where = None if where is None else os.path.realpath(where)
+    chosen = _chosen(where)
+    if where is not None and not chosen:
+        raise PafkafsError(f"no pafkafs is mounted at {where}")
+    if watch is not None:
+        return _watch(where, _seconds(watch, as_json))
+    found = [ask(mounted) for mounted in chosen]
     if as_json:
         click.echo(json.dumps(to_json(found), indent=2))
     elif not found:
         click.echo("no pafkafs is mounted")
     else:
-        for mount in found:
-            _show(mount)
+        _show(found)
     return 0 if all(mount["state"] == HEALTHY for mount in found) else EXIT_UNHEALTHY
 
 
 def _chosen(where: str | None) -> list[mountpoint.Mounted]:
     if where is None:
         return mountpoint.all_mounted()
-    mounted = mountpoint.find_mounted(os.path.realpath(where))
-    if mounted is None:
-        raise PafkafsError(f"no pafkafs is mounted at {where}")
-    return [mounted]
+    mounted = mountpoint.find_mounted(where)
+    return [] if mounted is None else [mounted]
+
+
+def _show(found: list[dict[str, Any]]) -> None:
+    from pafkafs.commands.status_table import console, table
+
+    for mount in found:
+        console().print(table(mount))
+
+
+def _seconds(text: str, as_json: bool) -> float:
+    if as_json:
+        raise UsageError("--watch is for people, and --json for programs: give one of them")
+    if not sys.stdout.isatty():
+        raise UsageError("--watch needs a terminal")
+    if not _NUMBER.fullmatch(text) or not 0.1 <= float(text) <= 3600:
+        raise UsageError(f"'{text}' is no time for --watch; give 0.1 to 3600 seconds")
+    return float(text)
+
+
+def _watch(where: str | None, seconds: float) -> int:
+    from rich.console import Group
+    from rich.live import Live
+    from rich.text import Text
+
+    from pafkafs.commands.status_table import console, table
+
+    try:
+        with Live(console=console(), auto_refresh=False) as live:
+            while chosen := _chosen(where):
+                tables = [table(ask(mounted)) for mounted in chosen]
+                now = Text(time.strftime("%H:%M:%S, Ctrl-C ends"), style="dim")
+                live.update(Group(*tables, now), refresh=True)
+                time.sleep(seconds)
+    except KeyboardInterrupt:
+        return 0
+    raise PafkafsError(f"no pafkafs is mounted {f'at {where} ' if where else ''}any more")
 
 
 def ask(mounted: mountpoint.Mounted) -> dict[str, Any]:
@@ -50,8 +113,9 @@ def ask(mounted: mountpoint.Mounted) -> dict[str, Any]:
         if not mountpoint.is_dead(mounted.mountpoint):
             problem = "its daemon is alive, and has no control socket for this user"
             return _without_daemon(mounted, UNKNOWN, problem, "run pafkafs status as its owner")
-        fast, _, slow = mounted.source.partition(":")
-        action = f"pafkafs mount {fast} {slow} {mounted.mountpoint}"
+        fast, *middle, slow = mounted.source.split(":")
+        between = "".join(f"--tier {tier} " for tier in middle)
+        action = f"pafkafs mount {between}{fast} {slow} {mounted.mountpoint}"
         return _without_daemon(mounted, DEAD, "the daemon has died", action)
     except PafkafsError as error:
         return _without_daemon(mounted, UNKNOWN, str(error), "run pafkafs status as its owner")
@@ -71,74 +135,3 @@ def _without_daemon(
             problems=(Problem(problem, action),),
         )
     )
-
-
-def _show(mount: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    # A pipe has no width: nothing is cut there.
-    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 250)
-    console.print(f"[bold]{mount['mountpoint']}[/bold]  {mount['state']}", end="")
-    if mount["pid"] is None:
-        console.print()
-    else:
-        console.print(
-            f"  mode {mount['mode']}, durability {mount['durability']}, pid {mount['pid']}, "
-            f"up {format_duration(mount['uptime_s'])}"
-        )
-        _show_devices(console, mount)
-    for problem in mount["problems"]:
-        console.print(f"  [red]status:[/red] {problem['problem']}", markup=True)
-        console.print(f"  [red]action:[/red] {problem['action']}", markup=True)
-    for note in mount["notes"]:
-        console.print(f"  note: {note}")
-
-
-def _show_devices(console: Any, mount: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=True, padding=(0, 2))
-    for title in ("tier", "kind", "device"):
-        table.add_column(title, overflow="fold")
-    for title in ("used", "capacity", "full", "files"):
-        table.add_column(title, justify="right")
-    for tier in mount["tiers"]:
-        for device in tier["devices"]:
-            table.add_row(
-                tier["name"],
-                tier["kind"],
-                device["path"],
-                format_size(device["used_bytes"]),
-                format_size(device["capacity_bytes"]),
-                f"{100 * device['used_bytes'] / max(1, device['capacity_bytes']):.0f} %",
-                str(device["files"]),
-            )
-    console.print(table)
-    if mount["pool"] is not None:
-        pool = mount["pool"]
-        console.print(
-            f"  prepared for new segments in persistent memory ({pool['persist']}): "
-            f"{pool['files']} files, {format_size(pool['bytes'])}"
-        )
-    if mount["migration"] is not None:
-        _show_migration(console, mount["migration"])
-
-
-def _show_migration(console: Any, migration: dict[str, Any]) -> None:
-    paused = ", paused: pafkafs resume" if migration["paused"] else ""
-    console.print(
-        f"  moved since the mount: {migration['files']} files, {format_size(migration['bytes'])}"
-        f"{paused}"
-    )
-    for move in migration["running"]:
-        speed = move["copied_bytes"] / max(0.1, move["seconds"])
-        done = 100 * move["copied_bytes"] / max(1, move["size_bytes"])
-        console.print(
-            f"  moving {move['path']} to {move['target']}: {min(100, done):.0f} %, "
-            f"{format_size(int(speed))}/s",
-            markup=False,
-        )
-    if migration["planned"]:
-        console.print(f"  next: {migration['planned']} files, because of {migration['why']}")
-    if migration["last_error"] is not None:
-        console.print(f"  last error: {migration['last_error']}", markup=False)

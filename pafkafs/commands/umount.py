@@ -7,6 +7,7 @@ import signal
 import click
 
 from pafkafs import control, mountpoint
+from pafkafs.commands import completing
 from pafkafs.errors import PafkafsError
 
 # The daemon syncs for at most a minute, twice.
@@ -14,7 +15,7 @@ _DAEMON_PATIENCE_S = 150.0
 
 
 @click.command()
-@click.argument("mountpoint", metavar="MOUNTPOINT")
+@click.argument("mountpoint", metavar="MOUNTPOINT", shell_complete=completing.mountpoints)
 @click.option("--lazy", is_flag=True, help="Detach also when files are open; they are cut off.")
 def umount(mountpoint: str, lazy: bool) -> None:
     """Unmount MOUNTPOINT.
