@@ -7,13 +7,13 @@ import os
 import re
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from pafkafs import kernel, mountpoint
+from pafkafs import kernel, mountpoint, pmemhost
 from pafkafs.config import MountOptions
 from pafkafs.device import device_kind, filesystem_type
 from pafkafs.errors import PafkafsError
@@ -24,7 +24,9 @@ OK, WARNING, PROBLEM = "ok", "warning", "problem"
 _KERNEL_MIN = (5, 12)
 _FILES_MIN = 65536
 _MAPS_MIN = 262144
-_ND_DEVICES = Path("/sys/bus/nd/devices")
+_BDI = Path("/sys/class/bdi")
+# What log.flush.interval.messages is when nobody sets it.
+_NEVER = str((1 << 63) - 1)
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,12 @@ class Finding:
 
 def examine(options: MountOptions, kafka_config: str | None) -> list[Finding]:
     """Everything that a mount with these options needs, and that Kafka needs of it."""
-    found = [*_fuse(), *_kernel(), *_limits()]
-    for path in options.fast:
+    found = [*_fuse(), *_native(), *_kernel(), *_limits()]
+    for path in options.tiers[0]:
         found += _directory("fast", path)
         if os.path.isdir(path):
             found += _fast(path)
-    for path in options.slow:
+    for path in options.devices[len(options.tiers[0]) :]:
         found += _directory("slow", path)
     found += _apart(options)
     found += _mountpoint(options)
@@ -72,6 +74,11 @@ def _fuse() -> Iterator[Finding]:
             "not root: other users cannot use the mount, and its page cache is not tuned",
             "mount as root; Kafka runs as its own user all the same",
         )
+
+
+def _native() -> Iterator[Finding]:
+    """Nothing of pafkafs runs without it: that it is here tells that it loads."""
+    yield Finding(OK, f"native module and libpmem: a store is made durable with {persist_method()}")
 
 
 def _kernel() -> Iterator[Finding]:
@@ -148,7 +155,13 @@ def _fast(path: str) -> Iterator[Finding]:
         )
         yield from _huge_pages(path)
         return
-    namespaces = list(pmem_namespaces())
+    yield from _pmem(path, list(pmemhost.namespaces()), list(pmemhost.free_regions()))
+
+
+def _pmem(
+    path: str, namespaces: Sequence[pmemhost.Namespace], regions: Sequence[pmemhost.Region]
+) -> Iterator[Finding]:
+    """A fast device that is not on DAX, on a host with this persistent memory."""
     mine = next((n for n in namespaces if n.holds(os.stat(path).st_dev)), None)
     if mine is not None:
         where = mount_point_of(path)
@@ -158,15 +171,34 @@ def _fast(path: str) -> Iterator[Finding]:
             f"umount {where} && mount -o dax=always /dev/{mine.block_device} {where}",
         )
         return
-    if not namespaces:
+    if not namespaces and not regions:
         yield Finding(OK, f"{path} is an ordinary filesystem; this host has no persistent memory")
     for namespace in namespaces:
         yield Finding(
             WARNING,
             f"this host has persistent memory ({namespace.name}, {namespace.mode}, "
             f"{namespace.size_bytes >> 30} GiB), and {path} does not use it",
-            namespace.commands,
+            _where_mounted(namespace) or namespace.commands,
         )
+    for region in regions:
+        yield Finding(
+            WARNING,
+            f"this host has persistent memory without a namespace ({region.name}, "
+            f"{region.available_bytes >> 30} GiB)",
+            region.commands,
+        )
+
+
+def _where_mounted(namespace: pmemhost.Namespace) -> str | None:
+    """What to do when it is mounted already."""
+    device = f"/dev/{namespace.block_device}"
+    mine = next((p for p in psutil.disk_partitions(all=True) if p.device == device), None)
+    if mine is None:
+        return None
+    if {"dax", "dax=always"} & set(mine.opts.split(",")):
+        return f"give a directory below {mine.mountpoint} as FAST"
+    where = mine.mountpoint
+    return f"umount {where} && mount -o dax=always {device} {where}, and a directory there as FAST"
 
 
 def _huge_pages(path: str) -> Iterator[Finding]:
@@ -190,58 +222,8 @@ def mount_point_of(path: str) -> str:
     return str(real)
 
 
-@dataclass(frozen=True)
-class PmemNamespace:
-    """A namespace of persistent memory as sysfs has it; mode is fsdax, devdax, sector or raw."""
-
-    name: str
-    mode: str
-    size_bytes: int
-    block_device: str | None
-
-    def holds(self, device_number: int) -> bool:
-        """Whether a filesystem with this device number is on it."""
-        if self.block_device is None:
-            return False
-        numbers = _attribute(Path("/sys/class/block", self.block_device), "dev")
-        return numbers == f"{os.major(device_number)}:{os.minor(device_number)}"
-
-    @property
-    def commands(self) -> str:
-        """How to get a filesystem with DAX on it."""
-        device = f"/dev/{self.block_device or 'pmem0'}"
-        make = f"mkfs.ext4 -b 4096 {device} && mount -o dax=always {device} /pmem"
-        if self.mode == "fsdax":
-            return f"if {device} holds nothing: {make}"
-        return f"if it holds nothing: ndctl create-namespace -f -e {self.name} -m fsdax && {make}"
-
-
-def pmem_namespaces(devices: Path = _ND_DEVICES) -> Iterator[PmemNamespace]:
-    """The namespaces with some size."""
-    for path in sorted(devices.glob("namespace*")):
-        size = int(_attribute(path, "size") or 0)
-        if size == 0:
-            continue
-        blocks = sorted(path.glob("block/*")) or sorted(devices.glob(f"pfn{path.name[9:]}/block/*"))
-        yield PmemNamespace(
-            path.name,
-            {"memory": "fsdax", "dax": "devdax", "safe": "sector"}.get(
-                _attribute(path, "mode") or "raw", "raw"
-            ),
-            size,
-            blocks[0].name if blocks else None,
-        )
-
-
-def _attribute(path: Path, name: str) -> str | None:
-    try:
-        return (path / name).read_text().strip()
-    except OSError:
-        return None
-
-
 def _apart(options: MountOptions) -> Iterator[Finding]:
-    there = [path for path in options.fast + options.slow if os.path.isdir(path)]
+    there = [path for path in options.devices if os.path.isdir(path)]
     filesystems: dict[int, str] = {}
     for path in there:
         number = os.stat(path).st_dev
@@ -255,12 +237,49 @@ def _apart(options: MountOptions) -> Iterator[Finding]:
 
 
 def _mountpoint(options: MountOptions) -> Iterator[Finding]:
+    where = options.mountpoint
+    mounted = mountpoint.find_mounted(where)
+    if mounted is not None and mounted.source == options.source and not mountpoint.is_dead(where):
+        yield Finding(OK, f"{where} is mounted")
+        yield from page_cache(mounted)
+        return
     try:
-        mountpoint.check(options.mountpoint, options.fast + options.slow)
+        mountpoint.check(options.mountpoint, options.devices)
     except PafkafsError as error:
         yield Finding(PROBLEM, str(error), f"see pafkafs status {options.mountpoint}")
     else:
         yield Finding(OK, f"mountpoint {options.mountpoint}")
+    if os.geteuid() == 0 and not os.access(_BDI, os.W_OK):
+        yield Finding(
+            WARNING,
+            "/sys is read-only, as in a container: the page cache of a mount cannot be tuned here",
+            "run pafkafs doctor again after the mount: it tells what root of the host has to do",
+        )
+
+
+def page_cache(mounted: mountpoint.Mounted, settings: Path = _BDI) -> Iterator[Finding]:
+    """Whether the mount may dirty memory and read ahead as a disk may."""
+    directory = settings / mounted.device
+    found = {name: pmemhost.attribute(directory, name) for name in mountpoint.PAGE_CACHE}
+    wrong = [
+        name for name, wanted in mountpoint.PAGE_CACHE.items() if found[name] not in (None, wanted)
+    ]
+    if not wrong:
+        yield Finding(OK, f"the page cache of {mounted.mountpoint} is tuned")
+        return
+    differing = ", ".join(f"{name} is {found[name]}" for name in wrong)
+    if os.geteuid() != 0:
+        who = "as root: "
+    elif not all(os.access(directory / name, os.W_OK) for name in wrong):
+        who = "/sys is read-only here; as root of the host: "
+    else:
+        who = ""
+    commands = [f"echo {mountpoint.PAGE_CACHE[name]} > {directory / name}" for name in wrong]
+    yield Finding(
+        WARNING,
+        f"the page cache of {mounted.mountpoint} is not tuned, reads are slower: {differing}",
+        who + "; ".join(commands),
+    )
 
 
 # -- Kafka --------------------------------------------------------------------------------------
@@ -283,10 +302,26 @@ def _kafka(path: str, options: MountOptions) -> Iterator[Finding]:
     if settings.get("log.preallocate", "false").lower() == "true":
         yield Finding(
             WARNING,
-            "log.preallocate=true: segments have their full size from the start, and take it",
+            "log.preallocate=true: segments have their full size from the start, take it, and are "
+            "written with pwrite on persistent memory, too",
             "log.preallocate=false: pafkafs prepares room itself",
         )
+    yield from _flushes(settings)
     yield from _segments(settings.get("log.segment.bytes", str(1 << 30)), options)
+
+
+def _flushes(settings: Mapping[str, str]) -> Iterator[Finding]:
+    for name in ("log.flush.interval.messages", "log.flush.interval.ms"):
+        value = settings.get(name, _NEVER)
+        if value == _NEVER:
+            continue
+        yield Finding(
+            WARNING,
+            f"{name}={value}: Kafka fsyncs while it appends, up to once for each append, and its "
+            "appends wait for it",
+            "leave it out with durability power (the default on DAX): an acked append survives a "
+            "power loss without it; with durability process it does not, unless replicas do",
+        )
 
 
 def _segments(text: str, options: MountOptions) -> Iterator[Finding]:
@@ -294,7 +329,7 @@ def _segments(text: str, options: MountOptions) -> Iterator[Finding]:
         yield Finding(PROBLEM, f"log.segment.bytes={text} is no number", "bytes, such as 268435456")
         return
     segment = int(text)
-    for device in options.fast:
+    for device in options.tiers[0]:
         if os.path.isdir(device) and psutil.disk_usage(device).total < 16 * segment:
             yield Finding(
                 WARNING,
