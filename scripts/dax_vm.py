@@ -45,6 +45,10 @@ def parse() -> argparse.Namespace:
     add("--pmem-file", type=Path, metavar="F", help="holds the persistent memory; is not removed")
     add("--pmem-size", type=size, default=GIB, metavar="SIZE", help="like 512MiB; default 1GiB")
     add("--keep-filesystem", action="store_true", help="mount what is on the pmem file")
+    more = (
+        "filled by another VM: its filesystem is mounted at /pmem1, the next one's at /pmem2, ..."
+    )
+    add("--more-pmem", type=Path, action="append", default=[], metavar="F", help=more)
     add("--share", type=Path, metavar="DIR", help="a directory the guest can write to")
     add("--memory", type=size, default=4 * GIB, metavar="SIZE", help="of the guest; default 4GiB")
     add("--timeout", type=float, metavar="S", help="seconds the command may take")
@@ -56,6 +60,8 @@ def parse() -> argparse.Namespace:
         parser.error("a command is needed")
     if options.keep_filesystem and not options.pmem_file:
         parser.error("--keep-filesystem needs --pmem-file")
+    if options.more_pmem and not options.keep_filesystem:
+        parser.error("--more-pmem needs --keep-filesystem")
     if options.share and not options.share.is_dir():
         parser.error(f"--share: {options.share} is no directory")
     return options
@@ -79,6 +85,7 @@ def run(options: argparse.Namespace) -> int:
         pmem_file=options.pmem_file,
         pmem_size=options.pmem_size,
         keep_filesystem=options.keep_filesystem,
+        more_pmem=options.more_pmem,
         share=options.share,
         memory=options.memory,
     ) as vm:

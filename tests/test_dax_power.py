@@ -1,8 +1,16 @@
-"""Power cuts while segments grow in persistent memory, on real fsdax in a VM."""
+"""Power cuts while segments grow in persistent memory, on real fsdax in a VM.
+
+The persistent memory of the VM is a file. While QEMU stands still it is copied: that is what a
+power cut at that instant would have left. Each life of the VM ends with a real one.
+"""
 
 import random
+import subprocess
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -10,15 +18,18 @@ from daxvm.vm import MIB, Vm
 
 WRITER = Path(__file__).parent / "guest" / "writer.py"
 PMEM_SIZE = 256 * MIB
-CUTS = 20
+ACKS_BETWEEN_CUTS = range(20, 250)
+# An instant anywhere between two acks, not just after one.
+PAUSE_MAX_S = 0.05
+IN_FLIGHT_MAX = 40_000
 
 
+@dataclass
 class Expected:
     """What must be there after a cut, by what the writer said before it."""
 
-    def __init__(self) -> None:
-        self.sizes: dict[str, int] = {}
-        self.may_be_gone: set[str] = set()
+    sizes: dict[str, int] = field(default_factory=dict)
+    may_be_gone: set[str] = field(default_factory=set)
 
     def note(self, lines: Iterable[str]) -> None:
         for line in lines:
@@ -29,43 +40,87 @@ class Expected:
                 self.sizes[name] = 0
             elif kind == "removing":
                 self.may_be_gone.add(name)
+            else:
+                pytest.fail(line)
 
-    def check(self, found: dict[str, int], in_flight_max: int) -> None:
+    def check(self, found: dict[str, int]) -> None:
         for name, size in self.sizes.items():
             if name not in found:
                 assert name in self.may_be_gone, f"{name} is gone"
                 continue
-            assert size <= found[name] <= size + in_flight_max, name
+            assert size <= found[name] <= size + IN_FLIGHT_MAX, name
         self.sizes = dict(found)
         self.may_be_gone = set()
 
 
-def cut_once(pmem: Path, seed: int, expected: Expected, acks: int) -> None:
-    """One boot: checks what the last cut left, writes, and cuts."""
-    with Vm(pmem_file=pmem, pmem_size=PMEM_SIZE, keep_filesystem=pmem.exists()) as vm:
-        vm.start([sys.executable, str(WRITER), str(seed)])
+@dataclass(frozen=True)
+class Cut:
+    """The persistent memory after a cut, and what must be on it."""
+
+    memory: Path
+    expected: Expected
+
+
+def found_on(lines: Iterator[str], vm: Vm) -> dict[str, int]:
+    """The files that the writer found on one memory, whole, and their sizes."""
+    found: dict[str, int] = {}
+    for line in lines:
+        if line == "checked":
+            return found
+        kind, name, size, *_ = line.split()
+        assert kind == "found", line
+        found[name] = int(size)
+    pytest.fail("the writer ended: " + "\n".join(vm.stderr.lines()))
+
+
+def live(
+    memory: Path, before: Sequence[Cut], seed: int, cuts: int, choose: random.Random
+) -> list[Cut]:
+    """One life of the VM: checks what the cuts of the last one left, writes on, and is cut."""
+    copies = [cut.memory for cut in before[:-1]]
+    expected = before[-1].expected if before else Expected()
+    made: list[Cut] = []
+    with Vm(
+        pmem_file=memory,
+        pmem_size=PMEM_SIZE,
+        keep_filesystem=memory.exists(),
+        more_pmem=copies,
+    ) as vm:
+        memories = [f"/pmem{number}" for number in range(1, len(copies) + 1)]
+        vm.start([sys.executable, str(WRITER), str(seed), *memories])
         lines = vm.stdout.lines()
-        found: dict[str, int] = {}
-        for line in lines:
-            if line == "checked":
-                break
-            kind, name, size, *_ = line.split()
-            assert kind == "found", line
-            found[name] = int(size)
-        else:
-            pytest.fail("the writer ended: " + "\n".join(vm.stderr.lines()))
-        expected.check(found, in_flight_max=40_000)
-        said = [next(lines) for _ in range(acks)]
-        vm.power_cut()
-        said += lines
-        expected.note(said)
+        for cut in before[:-1]:
+            cut.expected.check(found_on(lines, vm))
+            cut.memory.unlink()
+        expected.check(found_on(lines, vm))
+        for number in range(cuts):
+            expected.note(next(lines) for _ in range(choose.choice(ACKS_BETWEEN_CUTS)))
+            time.sleep(choose.random() * PAUSE_MAX_S)
+            if number == cuts - 1:
+                vm.power_cut()
+                expected.note(vm.stdout.lines_here())
+                made.append(Cut(memory, expected))
+                continue
+            copy = memory.with_name(f"{memory.name}-{number}")
+            with vm.standing_still():
+                subprocess.run(["cp", "--sparse=always", str(memory), str(copy)], check=True)
+                expected.note(vm.stdout.lines_here())
+            made.append(Cut(copy, deepcopy(expected)))
+    return made
 
 
 @pytest.mark.parametrize(
-    "cuts", [CUTS, pytest.param(300, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])]
+    ("lives", "cuts"),
+    [
+        pytest.param(4, 5, marks=pytest.mark.timeout(1800)),
+        pytest.param(30, 10, marks=[pytest.mark.slow, pytest.mark.timeout(7200)]),
+    ],
 )
-def test_every_acked_byte_survives_power_cuts_and_nothing_else(cuts: int, tmp_path: Path) -> None:
-    choose = random.Random(cuts)
-    expected = Expected()
-    for seed in range(cuts):
-        cut_once(tmp_path / "pmem", seed, expected, acks=choose.randrange(20, 250))
+def test_every_acked_byte_survives_power_cuts_and_nothing_else(
+    lives: int, cuts: int, tmp_path: Path
+) -> None:
+    choose = random.Random()
+    before: list[Cut] = []
+    for seed in range(lives):
+        before = live(tmp_path / "pmem", before, seed, cuts, choose)
+    live(tmp_path / "pmem", before, lives, 1, choose)

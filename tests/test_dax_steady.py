@@ -36,7 +36,7 @@ main()
 def output(tmp_path_factory: pytest.TempPathFactory) -> str:
     program = tmp_path_factory.mktemp("steady") / "steady"
     native = ROOT / "native"
-    sources = [str(native / f"{name}.c") for name in ("persist", "pmem", "sizes")]
+    sources = [str(native / f"{name}.c") for name in ("media", "persist", "pmem", "sizes")]
     command = ["gcc", "-std=gnu11", "-O2", "-pthread", f"-I{native}", str(SOURCE), *sources]
     subprocess.run([*command, "-lpmem", "-o", str(program)], check=True)
     script = f'{program} /pmem /proc/fs/jbd2/pmem0-8/info; exec "$0" -c "$1"'

@@ -1,5 +1,6 @@
 """The VM with persistent memory: what runs in it, and what a power cut leaves."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -44,6 +45,7 @@ while True:
 CHECKER = f"""
 set -u
 cp /pmem/log "$1"
+cp /pmem1/log "$2"
 cd /pmem
 {sys.executable} -c '{MAP_SYNC}' /pmem/dax
 {sys.executable} -c '{MAP_SYNC}' /dev/shm/memory
@@ -55,35 +57,47 @@ exit 42
 
 @dataclass(frozen=True)
 class Cut:
-    """A power cut while the writer ran, and a check in a second VM."""
+    """A power cut while the writer ran, and a check in a second VM.
+
+    Some time before it the memory was copied while the first VM stood still.
+    """
 
     kind: str
     acked: list[str]
+    acked_at_copy: list[str]
     ended: str
     log: list[str]
+    log_of_copy: list[str]
     check: subprocess.CompletedProcess[str]
 
 
 @pytest.fixture(scope="module")
 def cut(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cut]:
     work = tmp_path_factory.mktemp("dax-vm")
-    pmem, share = work / "pmem", work / "share"
+    pmem, copy, share = work / "pmem", work / "copy", work / "share"
     share.mkdir()
     with Vm(pmem_file=pmem, pmem_size=PMEM_SIZE) as vm:
         vm.start([sys.executable, "-c", WRITER])
         lines = vm.stdout.lines()
         kind = next(lines)
         acked = [next(lines) for _ in range(LINES_BEFORE_CUT)]
+        with vm.standing_still():
+            shutil.copy(pmem, copy)
+            acked += vm.stdout.lines_here()
+        acked_at_copy = list(acked)
+        acked += [next(lines) for _ in range(LINES_BEFORE_CUT)]
         vm.power_cut()
         acked += lines
         with pytest.raises(VmError) as ended:
             vm.wait()
-    options = ["--pmem-file", str(pmem), "--keep-filesystem", "--share", str(share)]
-    check = dax_vm(*options, "sh", "-c", CHECKER, "sh", str(share / "log"))
-    log = share / "log"
-    written = log.read_text().splitlines() if log.exists() else []
-    yield Cut(kind, acked, str(ended.value), written, check)
+    logs = [share / "log", share / "log-of-copy"]
+    options = ["--pmem-file", str(pmem), "--keep-filesystem", "--more-pmem", str(copy)]
+    options += ["--share", str(share)]
+    check = dax_vm(*options, "sh", "-c", CHECKER, "sh", *map(str, logs))
+    written = [log.read_text().splitlines() if log.exists() else [] for log in logs]
+    yield Cut(kind, acked, acked_at_copy, str(ended.value), *written, check)
     pmem.unlink()
+    copy.unlink()
 
 
 def dax_vm(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -96,7 +110,7 @@ def test_native_core_takes_the_guests_pmem_for_dax(cut: Cut) -> None:
 
 
 def test_lines_received_before_a_power_cut_are_whole_and_in_order(cut: Cut) -> None:
-    assert len(cut.acked) >= LINES_BEFORE_CUT
+    assert len(cut.acked) >= 2 * LINES_BEFORE_CUT
     assert cut.acked == [f"{number} {'x' * 1000}" for number in range(len(cut.acked))]
 
 
@@ -104,6 +118,12 @@ def test_what_was_fsynced_before_a_power_cut_is_there(cut: Cut) -> None:
     """And at most the one record more whose line was not written: no line is under way."""
     assert cut.log == [str(number) for number in range(len(cut.log))]
     assert len(cut.acked) <= len(cut.log) <= len(cut.acked) + 1
+
+
+def test_copy_made_while_the_vm_stood_still_is_what_a_power_cut_would_have_left(cut: Cut) -> None:
+    assert cut.log_of_copy == [str(number) for number in range(len(cut.log_of_copy))]
+    assert len(cut.acked_at_copy) <= len(cut.log_of_copy) <= len(cut.acked_at_copy) + 1
+    assert len(cut.log_of_copy) < len(cut.log)
 
 
 def test_the_wait_for_a_command_whose_vm_lost_power_says_so(cut: Cut) -> None:
@@ -135,6 +155,7 @@ def test_timeout_ends_the_vm_and_is_told_from_a_status_of_the_command() -> None:
         (["--memory", "1MiB", "true"], 125, "the VM died: qemu"),
         (["--keep-filesystem", "--pmem-file", "/none", "true"], 125, "/none: No such file"),
         (["--keep-filesystem", "true"], 2, "--keep-filesystem needs --pmem-file"),
+        (["--more-pmem", "/none", "true"], 2, "--more-pmem needs --keep-filesystem"),
         (["--pmem-size", "1"], 2, "'1' is not a size like"),
         ([], 2, "a command is needed"),
     ],

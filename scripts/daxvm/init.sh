@@ -1,9 +1,9 @@
 #!/bin/busybox sh
 # The guest's first process: makes the root and the persistent memory, runs the command, cleans up.
 #
-# The kernel passes WORK, a directory of the host with `settings` (END, KEEP, SHARE) and `command`.
-# Three virtio ports lead to the host: 1 control, 2 and 3 the command's stdout and stderr. A write
-# to one has reached the host when it returns, and is never mixed with another.
+# The kernel passes WORK, a directory of the host with `settings` (END, KEEP, SHARE) and
+# `command`. Three virtio ports lead to the host: 1 control, 2 and 3 the command's stdout and stderr.
+# A write to one has reached the host when it returns, and is never mixed with another.
 
 # Tells the host why there is no command to run; the host ends the VM.
 fail() {
@@ -38,7 +38,7 @@ try mount -t overlay -o lowerdir=/host,upperdir=/memory/upper,workdir=/memory/wo
 mount -t proc proc /root/proc
 mount -t sysfs sysfs /root/sys
 mount -t devtmpfs devtmpfs /root/dev
-mkdir -p /root/dev/pts /root/dev/shm /root/pmem
+mkdir -p /root/dev/pts /root/dev/shm
 mount -t devpts -o ptmxmode=666 devpts /root/dev/pts
 for directory in dev/shm run; do
     mount -t tmpfs tmpfs /root/$directory
@@ -50,6 +50,7 @@ for stream in 0:stdin 1:stdout 2:stderr; do
     ln -s /proc/self/fd/${stream%:*} /root/dev/${stream#*:}
 done
 hostname dax-vm
+ulimit -Hn 524288 && ulimit -Sn 1024 # as an installed Debian has it
 ip link set lo up
 
 if [ -n "$SHARE" ]; then
@@ -61,7 +62,16 @@ if [ -z "$KEEP" ]; then
     # DAX wants blocks of a page, which small filesystems do not get by default.
     try chroot /root mkfs.ext4 -q -F -b 4096 -E nodiscard /dev/pmem0
 fi
-try mount -t ext4 -o dax=always /dev/pmem0 /root/pmem
+# By their addresses, since the kernel numbers them in the order of a list that QEMU reverses.
+memories=$(for block in /sys/block/pmem*; do
+    printf '%020d %s\n' "$(cat "$block/device/resource")" "${block##*/}"
+done | sort | cut -d ' ' -f 2)
+number=
+for memory in $memories; do
+    mkdir -p "/root/pmem$number"
+    try mount -t ext4 -o dax=always "/dev/$memory" "/root/pmem$number"
+    number=$((number + 1))
+done
 
 echo start >&9
 exec 7>/dev/vport0p2 8>/dev/vport0p3
@@ -75,7 +85,7 @@ echo "exit $status" >&9
 # What the command left running, and mounted on top of the persistent memory.
 kill -9 -1
 sync
-while grep -q '^/dev/pmem0 ' /proc/mounts; do
+while grep -q '^/dev/pmem' /proc/mounts; do
     tac /proc/mounts | awk '$2 ~ "^/root/" { print $2 }' | xargs -n 1 umount 2>/dev/null
     usleep 10000
 done

@@ -9,7 +9,8 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -22,17 +23,22 @@ MIB = 1 << 20
 GIB = 1 << 30
 # The kernel's memory sections: persistent memory has to consist of whole ones.
 _PMEM_UNIT = 128 * MIB
-_BOOT_TIMEOUT_S = 120
+_BOOT_TIMEOUT_S = 300
 _STOP_TIMEOUT_S = 60
-# What only costs time in an emulated CPU is left out; its TSC is good, but Linux cannot know.
+# What only costs time in an emulated CPU is left out. Time comes from a timer of known frequency:
+# measured while the host was busy, that of the TSC has been wrong by a factor of 8. Another such
+# timer, acpi_pm, wraps every 5 s, and a busy host lets the guest wait longer.
 _KERNEL_OPTIONS = (
-    "console=ttyS0 quiet panic=-1 mitigations=off nokaslr no5lvl tsc=reliable "
+    "console=ttyS0 quiet panic=-1 mitigations=off nokaslr no5lvl clocksource=hpet "
     "cryptomgr.notests random.trust_cpu=on audit=0 apparmor=0"
 )
 
 
 class Vm:
     """Runs one command in a guest with `pmem_file` as its persistent memory, at /pmem.
+
+    `more_pmem` are files that other VMs filled, if `keep_filesystem` as well: what is on them is
+    mounted at /pmem1, /pmem2 and so on.
 
     Must be started by a thread that outlives it: QEMU is killed when that thread ends, so that a
     dead test leaves no VM behind.
@@ -44,6 +50,7 @@ class Vm:
         pmem_file: Path | None = None,
         pmem_size: int = GIB,
         keep_filesystem: bool = False,
+        more_pmem: Sequence[Path] = (),
         share: Path | None = None,
         memory: int = 4 * GIB,
     ) -> None:
@@ -51,6 +58,7 @@ class Vm:
         self._pmem_file = (pmem_file or self._work / "pmem").absolute()
         self._pmem_size = pmem_size
         self._keep = keep_filesystem
+        self._more_pmem = [path.absolute() for path in more_pmem]
         self._share = share.resolve() if share else None
         self._memory = memory
         self._end = b"\0" + secrets.token_hex(16).encode()
@@ -114,6 +122,20 @@ class Vm:
             self._qemu.wait()
             self._join_streams()
 
+    @contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """A copy of the persistent memory made meanwhile is what a power cut would leave now, and
+        `lines_here` of an output are all that the guest had written."""
+        assert self._qemu is not None
+        self._qemu.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self._qemu.pid, os.WSTOPPED)  # all of its threads
+        try:
+            for stream in (self.stdout, self.stderr):
+                stream.settle()
+            yield
+        finally:
+            self._qemu.send_signal(signal.SIGCONT)
+
     def close(self) -> None:
         """End the VM, and remove what is temporary."""
         self.power_cut()
@@ -123,11 +145,7 @@ class Vm:
 
     def _prepare_pmem(self) -> None:
         if self._keep:
-            try:
-                self._pmem_size = self._pmem_file.stat().st_size
-            except OSError as error:
-                reason = f"{self._pmem_file}: {error.strerror}"
-                raise VmError(f"no filesystem to keep: {reason}") from error
+            self._pmem_size = _size_of(self._pmem_file)
         if self._pmem_size % _PMEM_UNIT or not self._pmem_size:
             size = f"{self._pmem_size / MIB:g} MiB"
             raise VmError(f"persistent memory of {size} is not a multiple of {_PMEM_UNIT // MIB}")
@@ -169,14 +187,17 @@ class Vm:
         self.stdout, self.stderr = (Stream(port, self._end) for port in ours[1:])
 
     def _qemu_command(self, boot: kernel.Boot, ports: Sequence[int]) -> list[str]:
-        slots = self._memory + self._pmem_size
+        pmem = [(self._pmem_file, self._pmem_size)]
+        pmem += [(path, _size_of(path)) for path in self._more_pmem]
+        total = self._memory + sum(size for _, size in pmem)
         command = ["setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64"]
         command += ["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2"]
         command += ["-machine", "q35,nvdimm=on", "-nodefaults", "-no-user-config", "-no-reboot"]
-        command += ["-m", f"{self._memory // MIB}M,slots=1,maxmem={slots // MIB}M"]
-        file = f"mem-path={_escaped(self._pmem_file)},size={self._pmem_size},share=on,pmem=off"
-        command += ["-object", f"memory-backend-file,id=pmem,{file}"]
-        command += ["-device", "nvdimm,memdev=pmem,unarmed=off"]
+        command += ["-m", f"{self._memory // MIB}M,slots={len(pmem)},maxmem={total // MIB}M"]
+        for number, (path, size) in enumerate(pmem):
+            file = f"mem-path={_escaped(path)},size={size},share=on,pmem=off"
+            command += ["-object", f"memory-backend-file,id=pmem{number},{file}"]
+            command += ["-device", f"nvdimm,memdev=pmem{number},unarmed=off"]
         command += ["-kernel", str(boot.kernel), "-initrd", str(boot.initrd)]
         command += ["-append", f'{_KERNEL_OPTIONS} "WORK={self._work}"', "-display", "none"]
         command += ["-chardev", f"file,id=console,path={_escaped(self._console)}"]
@@ -230,6 +251,13 @@ class Vm:
             if said := [line.strip() for line in lines if line.strip()]:
                 return next((line for line in said if "panic" in line), said[-1])
         return f"QEMU ended with status {status}"
+
+
+def _size_of(pmem_file: Path) -> int:
+    try:
+        return pmem_file.stat().st_size
+    except OSError as error:
+        raise VmError(f"no filesystem to keep: {pmem_file}: {error.strerror}") from error
 
 
 def _escaped(path: Path) -> str:

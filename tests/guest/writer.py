@@ -1,8 +1,9 @@
 """Runs in the VM: checks what earlier writes left after a power cut, and goes on writing until the
 next one.
 
-    python writer.py SEED
+    python writer.py SEED [MEMORY…]
 
+What is on each MEMORY is only checked, `checked` after each; then, on /pmem, it goes on.
 Each line on standard output acknowledges one write of `NAME` that has returned: `NAME OFFSET LEN`.
 The bytes of a file follow from its name and their offsets.
 """
@@ -13,11 +14,10 @@ import sys
 import zlib
 from pathlib import Path
 
-from pafkafs.commands.mount import start_in_background
-from pafkafs.config import mount_options
+from mounting import MOUNTPOINT, mount
 
-MOUNTPOINT = Path("/tmp/kafka-logs")
-FAST, SLOW = Path("/pmem/fast"), Path("/pmem/slow")
+from pafkafs.commands.umount import unmount
+
 PARTITIONS = 4
 SEGMENT_BYTES = 3_000_000
 BATCH_MAX = 40_000
@@ -29,13 +29,6 @@ def pattern(name: str, offset: int, length: int) -> bytes:
     unit = b"".join(((seed + 8 * i) & (2**64 - 1)).to_bytes(8, "little") for i in range(1009))
     start = offset % len(unit)
     return (unit * ((start + length) // len(unit) + 1))[start : start + length]
-
-
-def mount() -> None:
-    for directory in (MOUNTPOINT, FAST, SLOW):
-        directory.mkdir(exist_ok=True)
-    given = {"fast": str(FAST), "slow": str(SLOW), "mountpoint": str(MOUNTPOINT)}
-    start_in_background(mount_options({}, {**given, "log-file": "/tmp/pafkafs.log"}))
 
 
 def report_what_is_there() -> None:
@@ -76,10 +69,16 @@ def write_until_cut(seed: int) -> None:
 
 
 def main() -> None:
-    mount()
+    seed, *memories = sys.argv[1:]
+    for memory in memories:
+        mount(Path(memory), MOUNTPOINT)
+        report_what_is_there()
+        print("checked", flush=True)
+        unmount(str(MOUNTPOINT), lazy=False)
+    mount(Path("/pmem"), MOUNTPOINT)
     report_what_is_there()
     print("checked", flush=True)
-    write_until_cut(int(sys.argv[1]))
+    write_until_cut(int(seed))
 
 
 main()
