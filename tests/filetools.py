@@ -9,12 +9,12 @@ import signal
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from harness import Mount, tmpfs
+from harness import SLOWNESS, Mount, fast_memory
 
 MIB = 1 << 20
 
@@ -37,7 +37,7 @@ SMALL_FAST_BYTES = 4 * MIB
 @contextmanager
 def shared_mount(directory: Path, *options: str) -> Iterator[Mount]:
     """A mount for all tests of a module, each of which works in a directory of its own."""
-    with tmpfs(directory / "memory", "256m") as fast:
+    with fast_memory(directory / "memory", "256m") as fast:
         slow, mountpoint = directory / "slow", directory / "mnt" / "kafka-logs"
         slow.mkdir(exist_ok=True)
         mountpoint.mkdir(parents=True)
@@ -91,6 +91,17 @@ def opened(path: Path, flags: int) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+@contextmanager
+def cut_off(path: Path) -> Iterator[BinaryIO]:
+    """A new file that is still open when its mount ends: closing it fails then, or does not."""
+    stream = open(path, "w+b", buffering=0)  # noqa: SIM115 - its close may fail
+    try:
+        yield stream
+    finally:
+        with suppress(OSError):
+            stream.close()
 
 
 # -- system calls -------------------------------------------------------------------------------
@@ -205,8 +216,8 @@ class Background:
 
     def join(self, timeout_s: float = 30.0) -> None:
         """Waits for its end; raises what it raised."""
-        self._thread.join(timeout_s)
-        assert not self.running, f"still running after {timeout_s} s"
+        self._thread.join(timeout_s * SLOWNESS)
+        assert not self.running, f"still running after {timeout_s * SLOWNESS:g} s"
         if self._error is not None:
             raise self._error
 

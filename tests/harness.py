@@ -1,6 +1,5 @@
 """What tests of a whole mount share: a mount in a directory of its own, and waiting."""
 
-import json
 import os
 import signal
 import subprocess
@@ -13,17 +12,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pafkafs import mountpoint
+from pafkafs.commands.status import ask as ask_for_status
+
 PAFKAFS = str(Path(sys.executable).with_name("pafkafs"))
 MOUNT_PAFKAFS = str(Path(sys.executable).with_name("mount.pafkafs"))
-COMMAND_TIMEOUT_S = 60.0
+# How many times longer than on a bare machine everything may take.
+SLOWNESS = int(os.environ.get("PAFKAFS_TEST_SLOWNESS", "1"))
+COMMAND_TIMEOUT_S = 60.0 * SLOWNESS
+# A directory on persistent memory, as scripts/dax-vm has it: fast tiers are there if it is given.
+DAX = os.environ.get("PAFKAFS_DAX")
+# Whether segments grow through a mapping has to be said where it is not the default.
+GROWING = () if DAX else ("--pmem", "on")
+PLAIN = ("--pmem", "off") if DAX else ()
 
 
-def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 20.0) -> Any:
+def wait_until(
+    condition: Callable[[], Any], what: str, timeout_s: float = 20.0, poll_s: float = 0.02
+) -> Any:
     """The first true value of condition; fails with what when it does not come."""
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + timeout_s * SLOWNESS
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
-        time.sleep(0.02)
+        assert time.monotonic() < deadline, f"waited {timeout_s * SLOWNESS:g} s for {what}"
+        time.sleep(poll_s)
     return value
 
 
@@ -50,6 +61,7 @@ class Mount:
     log: Path = Path("/dev/null")
     fast_list: str = field(default="")
     slow_list: str = field(default="")
+    command: Callable[..., subprocess.CompletedProcess[str]] = run_pafkafs
 
     @property
     def tree(self) -> Path:
@@ -63,7 +75,7 @@ class Mount:
 
     def mount(self, *more: str) -> subprocess.CompletedProcess[str]:
         """Runs `pafkafs mount`, whatever comes of it."""
-        return run_pafkafs(
+        return self.command(
             "mount",
             "--log-file",
             str(self.log),
@@ -82,7 +94,7 @@ class Mount:
 
     def stop(self) -> None:
         """Unmounts cleanly; fails when that fails."""
-        result = run_pafkafs("umount", str(self.mountpoint))
+        result = self.command("umount", str(self.mountpoint))
         assert result.returncode == 0, result.stderr
 
     def restart(self, *more: str) -> None:
@@ -91,13 +103,10 @@ class Mount:
         self.start(*more)
 
     def status(self) -> dict[str, Any]:
-        """This mount in `pafkafs status --json`."""
-        result = run_pafkafs("status", "--json", str(self.mountpoint))
-        assert result.stdout, result.stderr
-        document = json.loads(result.stdout)
-        assert document["version"] == 1
-        mount: dict[str, Any] = document["mounts"][0]
-        return mount
+        """This mount in `pafkafs status --json`, without the start of a process."""
+        mounted = mountpoint.find_mounted(str(self.mountpoint))
+        assert mounted is not None, f"nothing is mounted at {self.mountpoint}"
+        return ask_for_status(mounted)
 
     def device(self, tier: str, index: int = 0) -> dict[str, Any]:
         """A device in the status."""
@@ -168,6 +177,18 @@ def tmpfs(path: Path, size: str, *options: str) -> Iterator[Path]:
         yield path
     finally:
         subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@contextmanager
+def fast_memory(path: Path, size: str) -> Iterator[Path]:
+    """A directory for a fast tier in memory: a tmpfs of its own, or, where there is some, on
+    persistent memory, whose size is another."""
+    if DAX is None:
+        with tmpfs(path, size) as made:
+            yield made
+    else:
+        with tempfile.TemporaryDirectory(dir=DAX) as made_there:
+            yield Path(made_there)
 
 
 @contextmanager

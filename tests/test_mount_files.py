@@ -26,7 +26,7 @@ from filetools import (
     set_mtime_only,
     shared_mount,
 )
-from harness import Mount, loop_filesystem, wait_until
+from harness import GROWING, Mount, loop_filesystem, wait_until
 
 PAGE = mmap.PAGESIZE
 TEXT = bytes(range(256)) * 40  # 10,240 bytes: two pages and a half
@@ -42,7 +42,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
 
 @pytest.fixture(scope="module")
 def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
-    with shared_mount(tmp_path_factory.mktemp("growing"), "--pmem", "on") as mount:
+    with shared_mount(tmp_path_factory.mktemp("growing"), *GROWING) as mount:
         yield mount
 
 
@@ -134,6 +134,29 @@ def test_write_far_behind_the_end_leaves_a_hole(files: Files) -> None:
         status = os.fstat(file.fileno())
     assert status.st_size == far + 3
     assert status.st_blocks * 512 < MIB
+
+
+def test_write_of_a_user_clears_setuid_and_setgid(files: Files) -> None:
+    def write_as_user(fd: int) -> None:
+        os.setresgid(1000, 1000, 1000)
+        os.setresuid(1000, 1000, 1000)
+        os.pwrite(fd, b"x", 0)
+
+    def write_as_user_twice(fd: int) -> None:
+        write_as_user(fd)
+        os.pwrite(fd, b"x", 0)
+
+    path = files.make(content=TEXT)
+    new = path.with_name(f"{10**12:020}.log")  # which grows from the first, where files do
+    for name, flags in ((path, os.O_RDWR), (new, os.O_RDWR | os.O_CREAT)):
+        with opened(name, flags) as fd:
+            os.fchmod(fd, 0o6777)
+            in_children([lambda fd=fd: write_as_user(fd)])
+            assert os.fstat(fd).st_mode & 0o7777 == 0o777
+            in_children([lambda fd=fd: write_as_user_twice(fd)])
+            os.fchmod(fd, 0o6777)  # after it was found to have neither
+            in_children([lambda fd=fd: write_as_user(fd)])
+            assert os.fstat(fd).st_mode & 0o7777 == 0o777
 
 
 # -- sizes --------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ import pytest
 from filetools import Background, frozen, is_stopped_by_a_freeze, opened
 from harness import Mount, is_mounted, is_running, loop_filesystem, wait_until
 
+from pafkafs import control
+
 _EXT4_IOC_SHUTDOWN = 0x8004587D
 _NO_LOG_FLUSH = 2
 MKFS = ("mkfs.ext4", "-q", "-F")
@@ -24,9 +26,9 @@ PROMPT_S = 1.0  # for what must not wait for the device
 # The daemon, that waits a second at its end for a device, not a minute.
 IMPATIENT = """
 import sys
-from pafkafs import daemon
+from pafkafs import ending
 from pafkafs.commands import main
-daemon._SYNC_PATIENCE_S = 1.0
+ending.SYNC_PATIENCE_S = 1.0
 main()
 """
 
@@ -181,6 +183,7 @@ def test_object_gets_the_mode_that_was_set_while_an_earlier_one_was_on_its_way(
 ) -> None:
     (path,) = make_files(machine.mount, "file")
     with standing_still(machine, Path.chmod, [path], 0o640):
+        wait_until(lambda: stat.S_IMODE(path.stat().st_mode) == 0o640, "the earlier one")
         path.chmod(0o600)
     wait_until(lambda: modes(machine.mount) == [0o600], "the mode")
 
@@ -220,3 +223,33 @@ def test_sigterm_makes_the_fast_tier_durable_and_ends_the_daemon_though_a_device
     machine.restore_power()
     machine.start()
     assert fast.read_bytes() == b"fast" * 10_000
+
+
+def test_move_waits_for_a_write_that_the_device_holds_back(machine: Machine) -> None:
+    mount = machine.mount
+    directory = mount.mountpoint / "topic-0"
+    directory.mkdir()
+    path = directory / f"{0:020}.log"
+    path.write_bytes(bytes(1 << 20))
+    (directory / f"{1:020}.log").touch()  # the active one
+    with opened(path, os.O_RDWR) as fd:
+        os.fsync(fd)
+        with frozen(mount.slow) as thaw:
+            writer = Background(lambda: os.pwrite(fd, b"late", 100))
+            wait_until(lambda: is_stopped_by_a_freeze(machine.pid), "the write to be stopped")
+            where = str(mount.mountpoint)
+            number = control.ask(where, "migrate", path=f"topic-0/{path.name}", to="fast")
+            wait_until(lambda: is_copied(where), "the copy")
+            for _ in range(100):  # more than a cut-over that does not wait would need
+                assert control.ask(where, "job", job=number)["state"] == "running"
+            thaw()
+            writer.join()
+        wait_until(lambda: control.ask(where, "job", job=number)["state"] == "done", "the move")
+        assert os.pread(fd, 6, 99) == b"\0late\0"
+    assert not (mount.tree / "topic-0" / path.name).is_symlink()
+
+
+def is_copied(where: str) -> bool:
+    """Whether all that there was is in the copy."""
+    running = control.ask(where, "status")["migration"]["running"]
+    return bool(running) and running[0]["copied_bytes"] >= running[0]["size_bytes"]

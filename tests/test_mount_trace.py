@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from conftest import MakeMount
 from filetools import MIB
-from harness import wait_until
+from harness import Mount, run_pafkafs, wait_until
 
 FSYNC_S = 0.15
 
@@ -54,31 +55,26 @@ class Trace:
 
 
 @contextmanager
+def attached(pid: int, path: Path, *options: str) -> Iterator[None]:
+    """strace of all threads of a daemon."""
+    command = ["strace", "-f", "-yy", "-o", str(path), "-p", str(pid), *options]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as strace:
+        try:
+            wait_until(lambda: is_traced(pid), "strace to be attached")
+            yield
+        finally:
+            strace.send_signal(signal.SIGINT)
+            strace.wait(20)
+
+
+@contextmanager
 def traced(pid: int, path: Path) -> Iterator[Trace]:
     """The calls of a daemon that concern durability, each fsync taking its time."""
     names = "fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat"
     delay = f"inject=fsync,fdatasync:delay_enter={FSYNC_S * 1e6:.0f}"
-    command = [
-        "strace",
-        "-f",
-        "-yy",
-        "-o",
-        path,
-        "-p",
-        str(pid),
-        "-e",
-        f"trace={names}",
-        "-e",
-        delay,
-    ]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as strace:
-        try:
-            wait_until(lambda: is_traced(pid), "strace to be attached")
-            trace = Trace(path)
-            yield trace
-        finally:
-            strace.send_signal(signal.SIGINT)
-            strace.wait(20)
+    trace = Trace(path)
+    with attached(pid, path, "-e", f"trace={names}", "-e", delay):
+        yield trace
     trace.read()
 
 
@@ -131,3 +127,194 @@ def test_power_mode_fsyncs_the_directory_of_a_new_name_before_it_returns(
     with traced(pid, tmp_path / "trace") as trace:
         os.rename(directory / "file", directory / "renamed")
     assert trace.find("fsync", f"{mount.tree}/orders-0>", "= 0")
+
+
+def expect_order(*calls: list[Call]) -> None:
+    """Of each step one call has succeeded before the next step began."""
+    before = -1
+    for step, found in enumerate(calls):
+        after = [call for call in found if call.began > before and ") = 0" in call.text]
+        assert after, f"step {step} is missing, or too early: {[call.text for call in found]}"
+        before = min(call.returned for call in after)
+
+
+def sealed_segment(mount: Mount) -> Path:
+    """In a directory of its own; a newer one is there."""
+    directory = mount.mountpoint / "orders-0"
+    directory.mkdir()
+    path = directory / f"{0:020}.log"
+    path.write_bytes(bytes(MIB))
+    (directory / f"{1:020}.log").touch()
+    return path
+
+
+def move(mount: Mount, path: Path, tier: str) -> None:
+    result = run_pafkafs("migrate", "--wait", "--to", tier, str(path))
+    assert result.returncode == 0, result.stderr
+
+
+def test_demotion_frees_nothing_before_all_that_replaces_it_is_durable(
+    make_mount: MakeMount, tmp_path: Path
+) -> None:
+    mount = make_mount("--threshold", "-1").start()
+    path = sealed_segment(mount)
+    with traced(mount.pid, tmp_path / "trace") as trace:
+        move(mount, path, "slow")
+    (copy,) = mount.objects
+    commit = trace.find("rename", f"{mount.tree}/orders-0>", f'"{path.name}"')
+    objects = mount.slow / "objects"
+    # An error of the source that nobody has seen yet would be lost with it.
+    expect_order(trace.find("fsync", f"{mount.tree}/orders-0/{path.name}>"), commit)
+    expect_order(trace.find("fsync", f"{copy}>"), commit)
+    expect_order(trace.find("fsync", f"{objects}/orders-0>"), commit)
+    expect_order(trace.find("fsync", f"{objects}>"), commit)
+    expect_order(trace.find("fsync", f"{mount.fast}/shadows/"), commit)
+    expect_order(trace.find("fsync", f"{mount.fast}/shadows>"), commit)
+    expect_order(commit, trace.find("fsync", f"{mount.tree}/orders-0>"))
+
+
+def test_source_that_was_written_to_during_the_copy_is_fsynced_again_before_it_is_replaced(
+    make_mount: MakeMount, tmp_path: Path
+) -> None:
+    mount = make_mount("--threshold", "-1", "--migrate-rate", "1MiB").start()
+    path = sealed_segment(mount)
+    with open(path, "r+b", buffering=0) as file, traced(mount.pid, tmp_path / "trace") as trace:
+        run_pafkafs("migrate", "--to", "slow", str(path))
+        wait_until(lambda: moving(mount), "the copy")
+        file.write(b"late")  # the copy takes a second
+        wait_until(lambda: mount.objects and not moving(mount), "the move")
+    source, name = f"{mount.tree}/orders-0", path.name
+    (commit,) = trace.find("rename", f"{source}>", f'"{name}"')
+    assert len([c for c in trace.find("fsync", f"{source}/{name}>") if c.began < commit.began]) == 2
+
+
+def moving(mount: Mount) -> bool:
+    return bool(mount.status()["migration"]["running"])
+
+
+def test_promotion_frees_nothing_before_all_that_replaces_it_is_durable(
+    make_mount: MakeMount, tmp_path: Path
+) -> None:
+    mount = make_mount("--threshold", "-1").start()
+    path = sealed_segment(mount)
+    move(mount, path, "slow")
+    (old,) = mount.objects
+    with traced(mount.pid, tmp_path / "trace") as trace:
+        move(mount, path, "fast")
+        wait_until(lambda: not mount.objects, "the removal of the object")
+    expect_order(
+        trace.find("fsync", f"{mount.fast}/tmp/"),
+        trace.find("rename", f"{mount.tree}/orders-0>", f'"{path.name}"'),
+        trace.find("fsync", f"{mount.tree}/orders-0>"),
+        trace.find("unlink", old.name),
+    )
+
+
+def test_object_of_a_removed_file_goes_after_the_removal_of_its_stub_is_durable(
+    make_mount: MakeMount, tmp_path: Path
+) -> None:
+    mount = make_mount("--threshold", "-1").start()
+    path = sealed_segment(mount)
+    move(mount, path, "slow")
+    (old,) = mount.objects
+    with traced(mount.pid, tmp_path / "trace") as trace:
+        path.unlink()
+        wait_until(lambda: not mount.objects, "the removal of the object")
+    expect_order(
+        trace.find("unlink", f"{mount.tree}/orders-0>", f'"{path.name}"'),
+        trace.find("fsync", f"{mount.tree}/orders-0>"),
+        trace.find("unlink", old.name),
+    )
+
+
+def test_records_of_new_devices_are_durable_in_the_order_in_which_a_set_is_formed(
+    make_mount: MakeMount, tmp_path: Path
+) -> None:
+    mount = make_mount()
+    form = "import sys; from pafkafs import deviceset as d; d.assemble([[p] for p in sys.argv[1:]])"
+    command = ["strace", "-f", "-yy", "-o", tmp_path / "trace", sys.executable, "-c", form]
+    subprocess.run([*command, mount.fast, mount.slow], check=True, timeout=120)
+    trace = Trace(tmp_path / "trace")
+    trace.read()
+
+    def written(device: Path) -> tuple[list[Call], list[Call], list[Call]]:
+        return (
+            trace.find("fsync", f"{device}/.pafkafs.json."),
+            trace.find("rename", f"{device}>", '"pafkafs.json"'),
+            trace.find("fsync", f"{device}>"),
+        )
+
+    expect_order(*written(mount.fast), *written(mount.slow), *written(mount.fast))
+
+
+def syncs(trace: Trace, *words: str) -> list[Call]:
+    return trace.find("fsync", *words) + trace.find("fdatasync", *words)
+
+
+def test_power_mode_makes_the_size_and_the_entries_of_an_object_durable_with_the_append(
+    make_mount: MakeMount, tmp_path: Path
+) -> None:
+    mount = make_mount("--mode", "slow", "--durability", "power").start()
+    directory = mount.mountpoint / "orders-0"
+    directory.mkdir()
+    with open(directory / f"{0:020}.log", "xb", buffering=0) as stream:
+        with traced(mount.pid, tmp_path / "first") as first:
+            stream.write(b"record")
+        with traced(mount.pid, tmp_path / "second") as second:
+            stream.write(b"record")
+    assert syncs(first, f"{mount.slow}/objects/orders-0>")
+    assert syncs(first, f"{mount.slow}/objects>")
+    assert syncs(first, f"{mount.fast}/shadows/")
+    assert syncs(second, f"{mount.fast}/shadows/")
+    assert not syncs(second, f"{mount.slow}/objects>")
+
+
+def test_fsync_of_a_demoted_file_covers_object_shadow_and_entries(
+    make_mount: MakeMount, tmp_path: Path
+) -> None:
+    mount = make_mount("--mode", "slow").start()
+    directory = mount.mountpoint / "orders-0"
+    directory.mkdir()
+    with open(directory / f"{0:020}.log", "xb", buffering=0) as stream:
+        stream.write(b"record")
+        with traced(mount.pid, tmp_path / "trace") as trace:
+            os.fsync(stream.fileno())
+    assert syncs(trace, f"{mount.objects[0]}>")
+    assert syncs(trace, f"{mount.fast}/shadows/")
+    assert syncs(trace, f"{mount.slow}/objects/orders-0>")
+    assert syncs(trace, f"{mount.slow}/objects>")
+
+
+def test_object_of_a_removed_file_stays_when_the_removal_of_its_stub_cannot_be_made_durable(
+    make_mount: MakeMount, tmp_path: Path
+) -> None:
+    mount = make_mount("--threshold", "-1").start()
+    path = sealed_segment(mount)
+    move(mount, path, "slow")
+    (old,) = mount.objects
+    failing = ("-P", str(mount.tree / "orders-0"), "-e", "inject=fsync:error=EIO")
+    with attached(mount.pid, tmp_path / "trace", *failing):
+        path.unlink()
+        wait_until(lambda: "objects are kept" in mount.log_text(), "the fsync to fail")
+    other = mount.mountpoint / "orders-0" / f"{2:020}.log"
+    other.touch()
+    run_pafkafs("migrate", "--wait", "--to", "slow", str(other.with_name(f"{1:020}.log")))
+    other.with_name(f"{1:020}.log").unlink()
+    mount.stop()
+    assert old in mount.objects  # nor is it removed later, by a fsync that says nothing of it
+    mount.start()
+    wait_until(lambda: not mount.objects, "what has no stub to be put aside")
+
+
+def test_file_whose_fsync_failed_does_not_move(make_mount: MakeMount, tmp_path: Path) -> None:
+    mount = make_mount("--threshold", "-1").start()
+    path = sealed_segment(mount)
+    source = mount.tree / "orders-0" / path.name
+    failing = ("-P", str(source), "-e", "inject=fsync:error=EIO:when=1")
+    migrate = ("migrate", "--wait", "--to", "slow", str(path))
+    with attached(mount.pid, tmp_path / "trace", *failing):
+        assert run_pafkafs(*migrate).returncode == 1
+    again = run_pafkafs(*migrate)
+    assert again.returncode == 1
+    assert "an fsync of it failed" in again.stderr
+    assert not source.is_symlink()

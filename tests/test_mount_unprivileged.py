@@ -105,6 +105,32 @@ def test_file_that_becomes_writable_again_can_be_written(user_mount: UserMount) 
     assert result.stdout == "one\ntwo\n", result.stderr
 
 
+def test_new_directories_have_the_mode_and_the_group_that_they_would_have_elsewhere(
+    user_mount: UserMount,
+) -> None:
+    user_mount.start()
+    elsewhere = user_mount.fast.parent / "elsewhere"
+    elsewhere.mkdir()
+    os.chown(elsewhere, USER, USER)
+    script = "cd {0}; mkdir -m 0555 closed; mkdir shared; mkfifo fifo; ln -s nowhere link"
+    for where in (user_mount.mountpoint, elsewhere):
+        result = user_mount.run("sh", "-c", script.format(where))
+        assert result.returncode == 0, result.stderr
+    for where in (user_mount.fast / "tree" / "shared", elsewhere / "shared"):
+        os.chown(where, USER, 100)
+        os.chmod(where, 0o2777)
+    script = "cd {0}/shared; mkdir below; mkfifo fifo; ln -s nowhere link; touch file"
+    for where in (user_mount.mountpoint, elsewhere):
+        result = user_mount.run("sh", "-c", script.format(where))
+        assert result.returncode == 0, result.stderr
+    assert attributes(user_mount.fast / "tree") == attributes(elsewhere)
+
+
+def attributes(top: Path) -> dict[str, tuple[int, int, int]]:
+    found = ((path, path.lstat()) for path in top.rglob("*"))
+    return {str(p.relative_to(top)): (s.st_mode, s.st_uid, s.st_gid) for p, s in found}
+
+
 def test_file_spills_without_privilege(user_mount: UserMount) -> None:
     user_mount.start("--fast-capacity", "8MiB")
     script = "head -c 20000000 /dev/urandom | tee {0}/file | sha1sum; sha1sum < {0}/file"

@@ -1,0 +1,131 @@
+"""What another local user could plant on a device, if it may write there, is not followed."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from conftest import MakeMount
+from filetools import opened
+from harness import GROWING, Mount
+
+SECRET = b"somebody else's file"
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Path:
+    path = tmp_path / "victim"
+    path.write_bytes(SECRET)
+    path.chmod(0o600)
+    return path
+
+
+def untouched(victim: Path) -> bool:
+    return victim.read_bytes() == SECRET and victim.stat().st_mode & 0o777 == 0o600
+
+
+def demoted(mount: Mount) -> Path:
+    """A file of a mount whose files start on the slow tier."""
+    directory = mount.mountpoint / "topic-0"
+    directory.mkdir()
+    path = directory / f"{0:020}.log"
+    path.write_bytes(b"record" * 100)
+    return path
+
+
+def try_everything(path: Path) -> bytes:
+    """Changes a file in every way, as far as that goes; what could be read of it."""
+    found = b""
+    acts = (
+        lambda: path.chmod(0o777),
+        lambda: os.chown(path, 1234, 1234),
+        lambda: os.utime(path, (1, 1)),
+        lambda: os.truncate(path, 3),
+    )
+    for act in acts:
+        with suppress(OSError):
+            act()
+    with suppress(OSError), opened(path, os.O_RDWR | os.O_APPEND) as fd:
+        found = os.pread(fd, 1000, 0)
+        os.write(fd, b"more")
+        os.fsync(fd)
+    with suppress(OSError):
+        path.unlink()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["shadow", "directory"])
+def test_symlink_in_the_place_of_a_shadow_is_not_followed(
+    make_mount: MakeMount, victim: Path, kind: str
+) -> None:
+    mount = make_mount("--mode", "slow").start()
+    path = demoted(mount)
+    mount.stop()
+    (shadow,) = (mount.fast / "shadows").iterdir()
+    shadow.unlink()
+    shadow.symlink_to(victim)
+    if kind == "shadow":
+        mount.start()
+        found = try_everything(path)
+    else:
+        shadows = mount.fast / "shadows"
+        shadows.rename(mount.fast / "elsewhere")
+        shadows.symlink_to(mount.fast / "elsewhere")
+        result = mount.mount()
+        assert result.returncode == 1
+        assert result.stderr.count("\n") == 1
+        found = b""
+    assert untouched(victim)
+    assert SECRET not in found
+
+
+def test_symlink_in_the_place_of_an_object_or_its_directory_is_not_followed(
+    make_mount: MakeMount, victim: Path
+) -> None:
+    mount = make_mount("--mode", "slow").start()
+    path = demoted(mount)
+    mount.stop()
+    (held,) = mount.objects
+    held.unlink()
+    held.symlink_to(victim)
+    mount.start()
+    assert SECRET not in try_everything(path)
+    mount.stop()
+    assert untouched(victim)
+    directory = mount.slow / "objects" / "topic-0"
+    elsewhere = victim.parent / "elsewhere"
+    elsewhere.mkdir()
+    if directory.exists():
+        for entry in directory.iterdir():
+            entry.unlink()
+        directory.rmdir()
+    directory.symlink_to(elsewhere)
+    mount.start()
+    with suppress(OSError):
+        (path.parent / f"{1:020}.log").write_bytes(b"new")
+    assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["pafkafs.json", "sizes"])
+def test_symlink_in_the_place_of_an_own_file_fails_the_mount_with_one_line(
+    make_mount: MakeMount, victim: Path, name: str
+) -> None:
+    mount = make_mount(*GROWING).start()
+    mount.stop()
+    (mount.fast / name).unlink()
+    (mount.fast / name).symlink_to(victim)
+    result = mount.mount()
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert name in result.stderr
+    assert untouched(victim)
+
+
+def test_own_directories_are_closed_to_others(make_mount: MakeMount) -> None:
+    mount = make_mount("--mode", "slow").start()
+    demoted(mount)
+    for device in (mount.fast, mount.slow):
+        for directory in device.iterdir():
+            if directory.is_dir() and directory.name not in ("tree", "objects"):
+                assert directory.stat().st_mode & 0o077 == 0, directory
+            assert directory.stat().st_mode & 0o022 == 0, directory
