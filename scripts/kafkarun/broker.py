@@ -32,6 +32,11 @@ _HARMLESS = (
     # A replica that moves was promoted before the answer to its assignment came (Kafka 4.1).
     "NullPointerException: Cannot invoke "
     '"kafka.server.ReplicaAlterLogDirsThread$PromotionState.withAssignment',
+    # A broker that was killed leads its partitions again, for a moment, until its new registration
+    # fences it: loading ends and begins anew.  A log directory that failed logs more than this.
+    "NotLeaderOrFollowerException: Stopped loading records from __consumer_offsets-",
+    # The machine is busy.
+    "Exceptionally slow controller event",
 )
 _EXITS_AFTER_SIGTERM = (0, 143)
 _LOG4J2 = """\

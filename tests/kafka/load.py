@@ -8,7 +8,11 @@ from threading import Event, Thread
 from types import TracebackType
 from typing import Self
 
+from confluent_kafka import OFFSET_END, Consumer, TopicPartition
+from kafkarun.clients import client_config
+from kafkarun.payload import Payloads
 from kafkarun.polling import wait_until
+from kafkarun.topics import partitions_of
 from kafkarun.traffic import CheckedProducer
 
 _TICK_S = 0.02
@@ -54,9 +58,12 @@ class Beside:
 class BackgroundLoad(Beside):
     """Produces at a steady rate; afterwards the fate of every record is known."""
 
-    def __init__(self, producer: CheckedProducer, records_per_s: int) -> None:
+    def __init__(
+        self, producer: CheckedProducer, records_per_s: int, keys: int | None = None
+    ) -> None:
         super().__init__()
         self._producer = producer
+        self._keys = keys
         self._records_per_s = records_per_s
         self._per_tick = max(1, round(records_per_s * _TICK_S))
 
@@ -88,7 +95,44 @@ class BackgroundLoad(Beside):
         return self._producer.sent - len(self._producer.ledger)
 
     def tick(self) -> None:
-        self._producer.send(self._per_tick)
+        self._producer.send(self._per_tick, self._keys)
+
+
+class TailReader(Beside):
+    """Consumes a topic at its end: every record from now on, once and in order.
+
+    A broker that is not there is waited for.
+    """
+
+    def __init__(self, bootstrap: str, topic: str, payloads: Payloads) -> None:
+        super().__init__()
+        self.seen = 0
+        self._payloads = payloads
+        self._next: dict[int, int] = {}
+        config = client_config(bootstrap, group_id="tail", enable_auto_commit=False)
+        self._consumer = Consumer(config)
+        partitions = partitions_of(bootstrap, topic)
+        self._consumer.assign([TopicPartition(topic, p, OFFSET_END) for p in partitions])
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        super().__exit__(kind, value, trace)
+        self._consumer.close()
+
+    def tick(self) -> None:
+        for message in self._consumer.consume(500, _TICK_S):
+            if message.error() is not None:
+                continue  # of the connection, while the broker starts
+            origin = self._payloads.origin(message.value())
+            assert origin is not None, f"corrupt record at offset {message.offset()}"
+            expected = self._next.get(origin.partition, origin.seq)
+            assert origin.seq == expected, f"{origin.seq} instead of {expected}"
+            self._next[origin.partition] = origin.seq + 1
+            self.seen += 1
 
 
 class StallWatch(Beside):

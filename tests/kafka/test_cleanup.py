@@ -39,7 +39,11 @@ def test_deleting_a_topic_frees_its_space_on_both_tiers(tidy: Cluster) -> None:
         within_s=60,
         what="space of the deleted topic",
     )
-    assert not list(tidy.logdir.path.glob("doomed-*"))
+    wait_until(
+        lambda: not list(tidy.logdir.path.glob("doomed-*")),
+        within_s=60,
+        what="the directories of the deleted topic to go",
+    )
     tidy.stop_and_compare()
 
 

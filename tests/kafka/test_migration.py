@@ -1,5 +1,6 @@
 """A broker whose segments move between the tiers all the time, by policy and by command."""
 
+import itertools
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -7,10 +8,12 @@ from pathlib import Path
 
 import pytest
 from harness import Mount
+from kafkarun import topics
 from kafkarun.distribution import Distribution
+from kafkarun.traffic import CheckedProducer, read_topic
 
 from kafka.cluster import TIDY, Cluster
-from kafka.load import BackgroundLoad, Beside, StallWatch
+from kafka.load import BackgroundLoad, Beside, StallWatch, TailReader
 from kafka.logdirs import MountedDirectory
 from pafkafs import control
 
@@ -21,7 +24,9 @@ RESTLESS = (
 )
 KILL_EVERY_S = 15.0
 STALL_MAX_S = 5.0
-SMALL_SEGMENTS = {"segment.bytes": str(1 << 20)}
+SMALL_SEGMENTS = {"segment.bytes": str(1 << 20), "file.delete.delay.ms": "500"}
+COMPACTED = SMALL_SEGMENTS | {"cleanup.policy": "compact", "min.cleanable.dirty.ratio": "0.01"}
+KEYS = 500
 
 
 class Storm(Beside):
@@ -33,7 +38,11 @@ class Storm(Beside):
         self._choose = random.Random(20_261_122)
 
     def tick(self) -> None:
-        segments = [str(p.relative_to(self._mountpoint)) for p in self._mountpoint.glob("*/*.log")]
+        try:
+            found = list(self._mountpoint.glob("*/*.log"))
+        except FileNotFoundError:
+            return  # a topic was deleted meanwhile
+        segments = [str(path.relative_to(self._mountpoint)) for path in found]
         if not segments:
             return
         path, tier = self._choose.choice(segments), self._choose.choice(["fast", "slow"])
@@ -50,6 +59,38 @@ def logdir(
     provider.discard()
 
 
+def come_and_go(cluster: Cluster, number: int) -> None:
+    """A topic that is made, filled and read; the one before it is deleted."""
+    name = f"passing-{number}"
+    producer = cluster.topic(name, config=SMALL_SEGMENTS)
+    producer.send(4000)
+    producer.flush()
+    cluster.expect_exactly(name, producer)
+    if number > 0:
+        topics.delete(cluster.bootstrap, f"passing-{number - 1}")
+
+
+def read_from_the_beginning(cluster: Cluster, topic: str) -> None:
+    """All that is there now is whole, and in order."""
+    expected: dict[int, int] = {}
+    for record in read_topic(cluster.bootstrap, topic):
+        origin = cluster.payloads.origin(record.value)
+        assert origin is not None, f"corrupt record at offset {record.offset}"
+        assert origin.seq == expected.get(record.partition, 0), record.offset
+        expected[record.partition] = origin.seq + 1
+
+
+def expect_last_values(cluster: Cluster, producer: CheckedProducer) -> None:
+    """Of each key the last value that was acked is the last one there."""
+    last: dict[bytes | None, int] = {}
+    for record in read_topic(cluster.bootstrap, "state"):
+        origin = cluster.payloads.origin(record.value)
+        assert origin is not None, f"corrupt record at offset {record.offset}"
+        last[record.key] = origin.seq
+    assert producer.failed == 0
+    assert last == {b"%d" % (seq % KEYS): seq for seq in range(producer.sent)[-KEYS:]}
+
+
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("logdir", [(), ("--pmem", "on")], ids=["plain", "growing"], indirect=True)
 @pytest.mark.parametrize("seconds", [30, pytest.param(600, marks=pytest.mark.slow)])
@@ -62,21 +103,30 @@ def test_nothing_is_lost_doubled_or_reordered_in_a_storm_of_moves(
         orders = cluster.topic("orders", config=SMALL_SEGMENTS)
         retention = {**SMALL_SEGMENTS, "retention.bytes": str(4 << 20)}
         kept_short = cluster.topic("short", config=retention)
+        state = cluster.topic("state", partitions=1, config=COMPACTED)
         started = time.monotonic()
         with (
             StallWatch(logdir.path) as watch,
             Storm(logdir.path),
+            TailReader(cluster.bootstrap, "orders", cluster.payloads) as tail,
             BackgroundLoad(orders, records_per_s=2000) as load,
             BackgroundLoad(kept_short, records_per_s=1000) as other,
+            BackgroundLoad(state, records_per_s=500, keys=KEYS) as compacted,
         ):
-            while time.monotonic() - started < seconds:
+            for number in itertools.count():
+                come_and_go(cluster, number)
+                read_from_the_beginning(cluster, "orders")
                 load.wait_for_acks(more=round(KILL_EVERY_S * 1000))
+                if time.monotonic() - started > seconds:
+                    break
                 cluster.broker.kill()
                 cluster.broker.start()
-            load.catch_up()
-            other.catch_up()
+            for each in (load, other, compacted):
+                each.catch_up()
             assert watch.worst_s < STALL_MAX_S
+        assert tail.seen > seconds * 1000
         cluster.expect_exactly("orders", orders)
+        expect_last_values(cluster, state)
         moved = logdir.mount.status()["migration"]
         assert moved["files"] > seconds, moved
         cluster.stop_and_compare()
