@@ -28,7 +28,7 @@ def build(directory: Path) -> Path:
     """Compiles appends.c with the helper as it is in native/."""
     program = directory / "appends"
     native = ROOT / "native"
-    sources = [str(native / f"{name}.c") for name in ("persist", "pmem", "sizes")]
+    sources = [str(native / f"{name}.c") for name in ("media", "persist", "pmem", "sizes")]
     command = ["cc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-pthread", f"-I{native}"]
     here = str(Path(__file__).with_suffix(".c"))
     subprocess.run([*command, here, *sources, "-lpmem", "-o", str(program)], check=True)

@@ -1,3 +1,4 @@
+#define _GNU_SOURCE
 #include "histogram.h"
 
 static unsigned bucket_of(uint64_t value)
@@ -52,4 +53,12 @@ uint64_t histogram_quantile_ns(const struct histogram *histogram, double fractio
         }
     }
     return histogram->max_ns;
+}
+
+uint64_t now_ns(clockid_t clock)
+{
+    struct timespec now;
+
+    clock_gettime(clock, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }

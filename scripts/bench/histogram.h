@@ -3,6 +3,7 @@
 #define BENCH_HISTOGRAM_H
 
 #include <stdint.h>
+#include <time.h>
 
 enum {
     HISTOGRAM_SUB_BITS = 5, /* 32 buckets for each power of two: off by 3 % at most */
@@ -20,5 +21,7 @@ void histogram_merge(struct histogram *into, const struct histogram *from);
 
 /* The smallest duration that at least `fraction` of the recorded ones do not exceed; 0 if empty. */
 uint64_t histogram_quantile_ns(const struct histogram *histogram, double fraction);
+
+uint64_t now_ns(clockid_t clock);
 
 #endif

@@ -43,6 +43,14 @@ struct options {
     struct partition_options partition;
 };
 
+/* What appends take by themselves, however late they began. */
+struct roll_costs {
+    struct histogram write; /* of appends that did not roll */
+    struct histogram first_write; /* to a new segment */
+    struct histogram first_append; /* the same, and the creation of its file */
+    struct histogram roll; /* all of an append that rolled */
+};
+
 struct writer {
     pthread_t thread;
     const struct options *options;
@@ -51,6 +59,7 @@ struct writer {
     uint64_t deadline_ns;
     uint64_t bytes;
     struct histogram latency;
+    struct roll_costs costs;
 };
 
 struct reader {
@@ -64,15 +73,8 @@ struct reader {
 struct totals {
     uint64_t bytes;
     struct histogram latency;
+    struct roll_costs costs; /* of writers */
 };
-
-static uint64_t now_ns(clockid_t clock)
-{
-    struct timespec now;
-
-    clock_gettime(clock, &now);
-    return (uint64_t)now.tv_sec * NS_PER_S + (uint64_t)now.tv_nsec;
-}
 
 static void sleep_until(uint64_t due_ns)
 {
@@ -97,6 +99,25 @@ static uint8_t *make_batch(size_t batch_bytes)
     return batch;
 }
 
+static void record_costs(struct roll_costs *costs, const struct append_times *times)
+{
+    if (times->roll_ns == 0) {
+        histogram_record(&costs->write, times->write_ns);
+        return;
+    }
+    histogram_record(&costs->first_write, times->write_ns);
+    histogram_record(&costs->first_append, times->create_ns + times->write_ns);
+    histogram_record(&costs->roll, times->roll_ns + times->write_ns);
+}
+
+static void merge_costs(struct roll_costs *into, const struct roll_costs *from)
+{
+    histogram_merge(&into->write, &from->write);
+    histogram_merge(&into->first_write, &from->first_write);
+    histogram_merge(&into->first_append, &from->first_append);
+    histogram_merge(&into->roll, &from->roll);
+}
+
 static void *write_batches(void *argument)
 {
     struct writer *writer = argument;
@@ -111,7 +132,9 @@ static void *write_batches(void *argument)
     prctl(PR_SET_TIMERSLACK, 1);
     sleep_until(begin_ns);
     while (now_ns(CLOCK_MONOTONIC) < writer->deadline_ns) {
-        partition_append(&writer->partition, batch, options->batch_bytes);
+        struct append_times times =
+            partition_append(&writer->partition, batch, options->batch_bytes);
+        record_costs(&writer->costs, &times);
         uint64_t end_ns = now_ns(CLOCK_MONOTONIC);
         histogram_record(&writer->latency, end_ns - begin_ns);
         writer->bytes += options->batch_bytes;
@@ -192,6 +215,14 @@ static void print_report(const struct totals *written, const struct totals *read
     print_latency("append_us", &written->latency);
     printf(", ");
     print_latency("tail_read_us", &read->latency);
+    printf(", ");
+    print_latency("write_us", &written->costs.write);
+    printf(", ");
+    print_latency("first_write_us", &written->costs.first_write);
+    printf(", ");
+    print_latency("first_append_us", &written->costs.first_append);
+    printf(", ");
+    print_latency("roll_us", &written->costs.roll);
     printf("}\n");
 }
 
@@ -232,6 +263,7 @@ static void run(const struct options *options, struct writer *writers, struct re
         partition_finish(&writers[i].partition);
         written.bytes += writers[i].bytes;
         histogram_merge(&written.latency, &writers[i].latency);
+        merge_costs(&written.costs, &writers[i].costs);
     }
     double seconds = (double)(now_ns(CLOCK_MONOTONIC) - begin_ns) / NS_PER_S;
     for (unsigned i = 0; i < options->readers; i++) {

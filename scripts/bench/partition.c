@@ -1,4 +1,5 @@
 #define _GNU_SOURCE
+#include "histogram.h"
 #include "partition.h"
 
 #include <err.h>
@@ -76,7 +77,7 @@ static void add_index_entries(struct partition *partition, struct segment *segme
     index_add(&segment->times, time_entry, TIME_ENTRY_BYTES);
 }
 
-static struct segment *segment_create(const struct partition *partition)
+static struct segment *segment_create(struct partition *partition)
 {
     struct segment *segment = calloc(1, sizeof *segment);
     char path[PATH_MAX];
@@ -86,7 +87,9 @@ static struct segment *segment_create(const struct partition *partition)
     segment->base_offset = partition->next_offset;
     segment->refs = 1;
     segment_path(path, partition, segment, ".log");
+    uint64_t begin_ns = now_ns(CLOCK_MONOTONIC);
     segment->fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+    partition->create_ns = now_ns(CLOCK_MONOTONIC) - begin_ns;
     if (segment->fd < 0)
         err(1, "%s: open", path);
     segment_path(path, partition, segment, ".index");
@@ -197,13 +200,22 @@ static void write_fully(const struct partition *partition, int fd, const uint8_t
     }
 }
 
-void partition_append(struct partition *partition, const void *batch, size_t batch_bytes)
+struct append_times partition_append(struct partition *partition, const void *batch,
+                                     size_t batch_bytes)
 {
-    if ((size_t)partition->active->size + batch_bytes > partition->options.segment_bytes)
-        roll(partition);
+    bool full = (size_t)partition->active->size + batch_bytes > partition->options.segment_bytes;
+    struct append_times times = {0};
+    uint64_t begin_ns = now_ns(CLOCK_MONOTONIC);
 
+    if (full) {
+        roll(partition);
+        times.roll_ns = now_ns(CLOCK_MONOTONIC) - begin_ns;
+        times.create_ns = partition->create_ns;
+        begin_ns += times.roll_ns;
+    }
     struct segment *segment = partition->active;
     write_fully(partition, segment->fd, batch, batch_bytes);
+    times.write_ns = now_ns(CLOCK_MONOTONIC) - begin_ns;
     if (partition->bytes_since_index_entry > INDEX_INTERVAL_BYTES) {
         add_index_entries(partition, segment, segment->size);
         partition->bytes_since_index_entry = 0;
@@ -215,6 +227,7 @@ void partition_append(struct partition *partition, const void *batch, size_t bat
     segment->size += (off_t)batch_bytes;
     pthread_cond_broadcast(&partition->appended);
     pthread_mutex_unlock(&partition->lock);
+    return times;
 }
 
 /* A reader that fell behind retention goes on at the oldest segment there is. */

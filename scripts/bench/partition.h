@@ -11,6 +11,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdint.h>
 #include <sys/types.h>
 
 struct partition_options {
@@ -41,6 +42,7 @@ struct partition {
     struct partition_options options;
     uint64_t next_offset;
     size_t bytes_since_index_entry;
+    uint64_t create_ns; /* of the active segment's file */
     pthread_mutex_t lock; /* guards all that follows, and each segment's refs, deleted, size, next */
     pthread_cond_t appended;
     struct segment *oldest;
@@ -57,7 +59,15 @@ struct cursor {
 
 void partition_create(struct partition *partition, const char *parent, unsigned number,
                       const struct partition_options *options);
-void partition_append(struct partition *partition, const void *batch, size_t batch_bytes);
+/* Where the time of an append went. */
+struct append_times {
+    uint64_t roll_ns;   /* all that comes before the write; 0 if it did not roll */
+    uint64_t create_ns; /* in roll_ns: of the segment's own file */
+    uint64_t write_ns;
+};
+
+struct append_times partition_append(struct partition *partition, const void *batch,
+                                     size_t batch_bytes);
 
 /* Waits for data behind the cursor; returns how many bytes there are, 0 once finished. */
 size_t partition_await(struct partition *partition, struct cursor *cursor);

@@ -12,7 +12,7 @@ import psutil
 from bench.targets import Target
 
 REFERENCE = "raw"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Figure:
-    """One metric over all rounds; the ratio is the median of the rounds' own ratios to raw."""
+    """One metric over all rounds; the ratio is the median of the rounds' own ratios to the
+    reference, which has none itself."""
 
     workload: str
     target: str
@@ -35,10 +36,10 @@ class Figure:
     median: float
     min: float
     max: float
-    ratio_to_raw: float | None
+    ratio: float | None
 
 
-def summarise(samples: Sequence[Sample]) -> list[Figure]:
+def summarise(samples: Sequence[Sample], reference: str = REFERENCE) -> list[Figure]:
     """A figure for each workload, metric and target, in the order in which they first came."""
     by_place: dict[tuple[str, str, str], dict[int, float]] = {}
     for sample in samples:
@@ -46,17 +47,20 @@ def summarise(samples: Sequence[Sample]) -> list[Figure]:
             place = sample.workload, metric, sample.target
             by_place.setdefault(place, {})[sample.round] = value
     return [
-        _figure(place, values, by_place.get((*place[:2], REFERENCE), {}))
+        _figure(place, values, by_place.get((*place[:2], reference), {}), reference)
         for place, values in by_place.items()
     ]
 
 
 def _figure(
-    place: tuple[str, str, str], values: Mapping[int, float], reference: Mapping[int, float]
+    place: tuple[str, str, str],
+    values: Mapping[int, float],
+    base: Mapping[int, float],
+    reference: str,
 ) -> Figure:
     workload, metric, target = place
     # Rounds are compared with themselves: a machine that slows down slows both sides.
-    ratios = [value / reference[n] for n, value in values.items() if reference.get(n)]
+    ratios = [value / base[n] for n, value in values.items() if base.get(n)]
     return Figure(
         workload=workload,
         target=target,
@@ -64,7 +68,7 @@ def _figure(
         median=statistics.median(values.values()),
         min=min(values.values()),
         max=max(values.values()),
-        ratio_to_raw=statistics.median(ratios) if ratios else None,
+        ratio=statistics.median(ratios) if ratios and target != reference else None,
     )
 
 
@@ -93,9 +97,9 @@ def _block(workload: str, figures: Sequence[Figure], targets: Sequence[str]) -> 
 
 def _cell(figure: Figure) -> str:
     spread = f"{_short(figure.median)} ({_short(figure.min)}..{_short(figure.max)})"
-    if figure.ratio_to_raw is None or figure.target == REFERENCE:
+    if figure.ratio is None:
         return spread
-    return f"{spread} x{figure.ratio_to_raw:.2f}"
+    return f"{spread} x{figure.ratio:.2f}"
 
 
 def _short(value: float) -> str:

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,27 +129,39 @@ def _await_mount(server: subprocess.Popen[bytes], mountpoint: Path) -> None:
 
 @contextmanager
 def pafkafs(devices: Devices, work: Path) -> Iterator[Target]:
-    """pafkafs as installed beside the running interpreter, with its defaults."""
+    """pafkafs with its defaults."""
+    with mounted(devices, work, "pafkafs") as target:
+        yield target
+
+
+@contextmanager
+def mounted(
+    devices: Devices, work: Path, name: str, options: Sequence[str] = ()
+) -> Iterator[Target]:
+    """pafkafs as installed beside the running interpreter, with these options."""
     program = str(Path(sys.executable).with_name("pafkafs"))
-    fast, slow = _branches(devices, "pafkafs")
-    mountpoint = work / "pafkafs"
+    fast, slow = _branches(devices, name)
+    mountpoint = work / name
     mountpoint.mkdir()
     version = processes.run([program, "--version"], timeout_s=_MOUNT_TIMEOUT_S).stdout.strip()
-    mount = [program, "mount", str(fast), str(slow), str(mountpoint)]
+    mount = [program, "mount", *options, str(fast), str(slow), str(mountpoint)]
     processes.run(mount, timeout_s=_MOUNT_TIMEOUT_S)
     try:
-        status = _status(program, mountpoint)
-        options = f"durability={status['durability']},mode={status['mode']}"
-        yield Target("pafkafs", mountpoint, int(status["pid"]), options, version)
+        found = status(mountpoint)
+        shown = f"durability={found['durability']},mode={found['mode']}"
+        shown = " ".join([shown, *options])
+        yield Target(name, mountpoint, int(found["pid"]), shown, version)
     finally:
         processes.run([program, "umount", str(mountpoint)], timeout_s=_MOUNT_TIMEOUT_S)
 
 
-def _status(program: str, mountpoint: Path) -> dict[str, Any]:
+def status(mountpoint: Path) -> dict[str, Any]:
+    """What pafkafs says of its mount there."""
+    program = str(Path(sys.executable).with_name("pafkafs"))
     command = [program, "status", str(mountpoint), "--json"]
     report = json.loads(processes.run(command, timeout_s=_MOUNT_TIMEOUT_S).stdout)
-    status: dict[str, Any] = report["mounts"][0]
-    return status
+    found: dict[str, Any] = report["mounts"][0]
+    return found
 
 
 TargetContext = Callable[[Devices, Path], AbstractContextManager[Target]]
