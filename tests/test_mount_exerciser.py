@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from filetools import MIB, Background, shared_mount
-from harness import GROWING, PLAIN, SLOWNESS, Mount
+from harness import GROWING, PLAIN, SLOWNESS, Mount, wait_until
 
 from pafkafs import control
 from pafkafs.errors import PafkafsError
@@ -46,6 +47,11 @@ def mount(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Mount]:
 def newer_than(path: Path) -> Path:
     """What seals a segment: it may move then."""
     return path.with_name(f"{10**12:020}.log")
+
+
+def grows(mount: Mount, path: Path) -> bool:
+    home = mount.tree / path.relative_to(mount.mountpoint)
+    return not home.is_symlink() and NONCE in os.listxattr(home)
 
 
 @dataclass
@@ -84,15 +90,11 @@ class Storm:
         newer.unlink(missing_ok=True)
         for _ in range(50 if self.mount.status()["pool"] is not None else 5):
             # As long as it may take to be opened again.
-            if self._grows():
+            if grows(self.mount, self.path):
                 self.grown += 1
                 break
             self.stopping.wait(0.02)
         newer.touch()
-
-    def _grows(self) -> bool:
-        home = self.mount.tree / self.path.relative_to(self.mount.mountpoint)
-        return not home.is_symlink() and NONCE in os.listxattr(home)
 
 
 @dataclass
@@ -109,30 +111,46 @@ class Campaign:
     def path(self) -> Path:
         return self.mount.mountpoint / "topic-0" / f"{0:020}.log"
 
-    def begin(self) -> None:
-        self.path.parent.mkdir()
-        self.path.touch()
+    @property
+    def may_grow(self) -> bool:
+        return self.mount.status()["pool"] is not None
+
+    def _opened(self) -> BinaryIO:
+        """A new one is of the pool, and grows until the last handle is closed."""
+        stream = self.path.open("ab", buffering=0)
+        self.grown += grows(self.mount, self.path)
+        return stream
 
     @contextmanager
     def exercised(self, seed: int, operations: int, writers: int, size_max: int) -> Iterator[None]:
         """All operations are made, the handles are open still, and the storm goes on."""
         newer_than(self.path).unlink(missing_ok=True)  # so that it grows from the first write on
         arguments = [self.path, self.expected, seed, operations, writers, size_max]
-        with subprocess.Popen(
-            [self.program, *map(str, arguments)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process:
-            storm = Storm(self.mount, self.path)
-            moves = Background(storm.run)
+        storm = Storm(self.mount, self.path)
+        with (
+            self._opened() as first,
+            subprocess.Popen(
+                [self.program, *map(str, arguments)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            ) as process,
+        ):
             assert process.stdin is not None
             assert process.stdout is not None
             assert process.stderr is not None
-            try:
-                if process.stdout.readline() != "done\n":
+
+            def comes_to(word: str) -> None:
+                if process.stdout.readline() != f"{word}\n":
                     pytest.fail(process.stderr.read())
+
+            comes_to("opened")
+            first.close()
+            moves = Background(storm.run)
+            try:
+                comes_to("done")
+                wait_until(lambda: min(storm.moved["slow"], storm.moved["fast"]), "a move each way")
                 storm.stopping.set()
                 yield
             finally:
@@ -171,7 +189,9 @@ class Campaign:
 @pytest.fixture
 def campaign(mount: Mount, exerciser: Path, tmp_path: Path) -> Campaign:
     campaign = Campaign(mount, exerciser, tmp_path / "expected")
-    campaign.begin()
+    campaign.path.parent.mkdir()
+    if campaign.may_grow:
+        wait_until(lambda: mount.status()["pool"]["files"] > 0, "the pool")
     return campaign
 
 
@@ -179,12 +199,11 @@ def campaign(mount: Mount, exerciser: Path, tmp_path: Path) -> Campaign:
 def test_segment_that_moves_all_the_time_holds_what_was_written(
     campaign: Campaign, writers: int
 ) -> None:
-    may_grow = campaign.mount.status()["pool"] is not None
     campaign.run(seed=1, operations=20_000, writers=writers, size_max=MIB)
     campaign.end_with_unmount()
     assert campaign.moved["slow"] > 0
     assert campaign.moved["fast"] > 0
-    assert (campaign.grown > 0) == may_grow
+    assert (campaign.grown > 0) == campaign.may_grow
 
 
 @pytest.mark.slow

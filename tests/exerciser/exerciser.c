@@ -3,7 +3,8 @@
  *   exerciser FILE EXPECTED SEED OPERATIONS WRITERS SIZE_MAX
  *
  * EXPECTED is what the file holds at the beginning, if it is there, and is written at the end.
- * Then "done" is printed, and the handles stay open until standard input ends.  Exit 1, with the
+ * Prints "opened" before the first operation and "done" after the last one; the handles stay open
+ * until standard input ends.  Exit 1, with the
  * seed and the last operations on standard error, when the file is not what it must be; the same
  * arguments make the same operations again, those of several writers in some other order.
  */
@@ -64,6 +65,8 @@ int main(int argc, char **argv)
 			journal_fail("no memory");
 		writer_open(&writers[i]);
 	}
+	puts("opened");
+	fflush(stdout);
 	check_whole(&writers[0]);
 	make_all(writers, count);
 	if (count == 1)
