@@ -1,7 +1,9 @@
 """The daemon's control socket: where it is, who may use it, and its protocol.
 
 One line of JSON asks, one line answers: {"command": "status", …arguments} -> {"ok": true,
-"result": …} or {"ok": false, "error": "…", "usage": whether the request is at fault}.
+"result": …} or {"ok": false, "error": "…", "usage": whether the request is at fault}.  All are
+answered at once.  "await-end" is answered a second time when the mount has ended: with the devices
+that were not synced.
 """
 
 import errno
@@ -12,10 +14,10 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import trio
 
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 REQUEST_BYTES_MAX = 32 << 10
 ANSWER_BYTES_MAX = 16 << 20
 TIMEOUT_S = 5.0
+AWAIT_END = "await-end"
 _CONNECTIONS_MAX = 16
 
 # A command gets the whole request; a PafkafsError becomes its answer.
@@ -95,7 +98,29 @@ def listen(mountpoint: str) -> socket.socket:
     return server
 
 
-async def serve(server: socket.socket, commands: Commands) -> None:
+class End:
+    """Who waits for the end of the mount, and is told how it ended."""
+
+    def __init__(self) -> None:
+        self._waiting: set[trio.SocketStream] = set()
+
+    async def wait(self, stream: trio.SocketStream) -> None:
+        """Until it was told, or has gone away."""
+        self._waiting.add(stream)
+        try:
+            await _send(stream, {"ok": True, "result": None})
+            await stream.receive_some(1)
+        finally:
+            self._waiting.remove(stream)
+
+    async def tell(self, unsynced: Sequence[str]) -> None:
+        """Names of the devices that may lack what was written."""
+        for stream in tuple(self._waiting):
+            with trio.move_on_after(TIMEOUT_S), suppress(trio.BrokenResourceError):
+                await _send(stream, {"ok": True, "result": list(unsynced)})
+
+
+async def serve(server: socket.socket, commands: Commands, end: End) -> None:
     """Answers requests until it is cancelled."""
     listener = trio.SocketListener(trio.socket.from_stdlib_socket(server))
     places = trio.Semaphore(_CONNECTIONS_MAX)
@@ -107,8 +132,7 @@ async def serve(server: socket.socket, commands: Commands) -> None:
             await stream.aclose()
             return
         try:
-            with trio.move_on_after(TIMEOUT_S):
-                await _converse(stream, commands)
+            await _converse(stream, commands, end)
         except trio.BrokenResourceError:
             return  # the client went away
         except Exception:
@@ -122,28 +146,46 @@ async def serve(server: socket.socket, commands: Commands) -> None:
         await nursery.start(trio.serve_listeners, answer, [listener])
 
 
-async def _converse(stream: trio.SocketStream, commands: Commands) -> None:
+async def _converse(stream: trio.SocketStream, commands: Commands, end: End) -> None:
     credentials = stream.socket.getsockopt(
         socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
     )
     _, uid, _ = struct.unpack("3i", credentials)
     if uid not in (0, os.geteuid()):
         return
+    with trio.move_on_after(TIMEOUT_S) as patience:
+        asked = await _receive(stream)
+        if asked is not None and asked["command"] != AWAIT_END:
+            await _send(stream, await _answer(asked, commands))
+    if not patience.cancelled_caught and asked is not None and asked["command"] == AWAIT_END:
+        await end.wait(stream)
+
+
+async def _receive(stream: trio.SocketStream) -> Mapping[str, Any] | None:
+    """What is asked, with at least a command; None when nobody asks."""
     request = b""
     while not request.endswith(b"\n"):
         more = await stream.receive_some(REQUEST_BYTES_MAX)
         request += more
         if not more or len(request) > REQUEST_BYTES_MAX:
-            return
-    await stream.send_all(json.dumps(await _answer(request, commands)).encode() + b"\n")
-
-
-async def _answer(request: bytes, commands: Commands) -> dict[str, Any]:
+            return None
     try:
         asked = json.loads(request)
+    except (ValueError, RecursionError):
+        asked = None
+    return asked if isinstance(asked, dict) and "command" in asked else {"command": None}
+
+
+async def _send(stream: trio.SocketStream, answer: Mapping[str, Any]) -> None:
+    await stream.send_all(json.dumps(answer).encode() + b"\n")
+
+
+async def _answer(asked: Mapping[str, Any], commands: Commands) -> dict[str, Any]:
+    try:
         command = commands[asked["command"]]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return {"ok": False, "error": f"unknown request; known are {', '.join(commands)}"}
+    except (TypeError, KeyError):
+        known = ", ".join((*commands, AWAIT_END))
+        return {"ok": False, "error": f"unknown request; known are {known}"}
     try:
         return {"ok": True, "result": await command(asked)}
     except PafkafsError as error:
@@ -153,6 +195,14 @@ async def _answer(request: bytes, commands: Commands) -> dict[str, Any]:
 def ask(mountpoint: str, command: str, **arguments: Any) -> Any:
     """Asks the daemon of a mountpoint.  NoDaemon when none listens, UsageError when the request
     is at fault, PafkafsError otherwise."""
+    with asking(mountpoint, command, **arguments) as answer:
+        return answer(TIMEOUT_S)
+
+
+@contextmanager
+def asking(mountpoint: str, command: str, **arguments: Any) -> Iterator[Callable[[float], Any]]:
+    """Asks as ask does; each answer is had by calling what this gives, with how long to wait for
+    it, in seconds."""
     request = json.dumps({"command": command, **arguments}).encode() + b"\n"
     if len(request) > REQUEST_BYTES_MAX:
         raise UsageError(f"this is longer than the {REQUEST_BYTES_MAX >> 10} KiB of a request")
@@ -161,30 +211,40 @@ def ask(mountpoint: str, command: str, **arguments: Any) -> Any:
         _check_own(path.parent)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         client.settimeout(TIMEOUT_S)
-        try:
+        with _errors_told(mountpoint):
             with _short_name(path) as name:
                 client.connect(name)
             client.sendall(request)
-            answer = _receive_line(client)
-        except (FileNotFoundError, ConnectionRefusedError) as error:
-            raise NoDaemon(f"no pafkafs daemon serves {mountpoint}") from error
-        except PermissionError as error:
-            raise PafkafsError(f"only root may ask the daemon of {mountpoint}") from error
-        except OSError as error:
-            reason = error.strerror or "it does not answer"
-            raise PafkafsError(f"the daemon of {mountpoint} cannot be asked: {reason}") from error
+
+        with client.makefile("rb") as lines:
+
+            def answer(timeout_s: float) -> Any:
+                client.settimeout(timeout_s)
+                with _errors_told(mountpoint):
+                    return _result(lines)
+
+            yield answer
+
+
+@contextmanager
+def _errors_told(mountpoint: str) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, ConnectionRefusedError) as error:
+        raise NoDaemon(f"no pafkafs daemon serves {mountpoint}") from error
+    except PermissionError as error:
+        raise PafkafsError(f"only root may ask the daemon of {mountpoint}") from error
+    except OSError as error:
+        reason = error.strerror or "it does not answer"
+        raise PafkafsError(f"the daemon of {mountpoint} cannot be asked: {reason}") from error
+
+
+def _result(lines: BinaryIO) -> Any:
+    text = lines.readline(ANSWER_BYTES_MAX)
+    if not text.endswith(b"\n"):
+        raise OSError(errno.EPROTO, "the daemon closed the connection")
+    answer: dict[str, Any] = json.loads(text)
     if not answer.get("ok"):
         kind = UsageError if answer.get("usage") else PafkafsError
         raise kind(str(answer.get("error", "the daemon refused the request")))
     return answer["result"]
-
-
-def _receive_line(client: socket.socket) -> dict[str, Any]:
-    text = b""
-    while not text.endswith(b"\n"):
-        more = client.recv(1 << 16)
-        if not more or len(text) > ANSWER_BYTES_MAX:
-            raise OSError(errno.EPROTO, "the daemon closed the connection")
-        text += more
-    answer: dict[str, Any] = json.loads(text)
-    return answer

@@ -82,13 +82,13 @@ class Mount:
 
     async def run(self, on_ready: Callable[[], None]) -> None:
         """Serves until it is unmounted or told to stop.  Raises PafkafsError before ready."""
-        server = control.listen(self.options.mountpoint)
+        server, end = control.listen(self.options.mountpoint), control.End()
         fuse_fd = mountpoint.attach(self.options.source, self.options.mountpoint)
         try:
             async with trio.open_nursery() as nursery:
                 self._build(nursery, fuse_fd)
                 await self._survey_before_serving(nursery)
-                nursery.start_soon(control.serve, server, self._commands())
+                nursery.start_soon(control.serve, server, self._commands(), end)
                 nursery.start_soon(self._run_upkeep)
                 nursery.start_soon(self._watch_signals)
                 nursery.start_soon(self._handle_events, on_ready)
@@ -107,8 +107,11 @@ class Mount:
                 self._front.start()
                 await self._serve_session()
                 self._upkeep_scope.cancel()
-                await self._ending.finish()
+                unsynced = await self._ending.finish()
                 log.info("stopped %s", self.options.mountpoint)
+                await end.tell(unsynced)
+                if unsynced:
+                    raise PafkafsError(f"not synced at the end: {', '.join(unsynced)}")
                 nursery.cancel_scope.cancel()
         finally:
             control.socket_path(self.options.mountpoint).unlink(missing_ok=True)

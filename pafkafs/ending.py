@@ -55,8 +55,10 @@ class Ending:
                 await trio.to_thread.run_sync(lambda: mountpoint.detach(where, lazy=True))
             await trio.to_thread.run_sync(self._front.stop)
 
-    async def finish(self) -> None:
-        """After the last request: all that was written is made durable."""
+    async def finish(self) -> list[str]:
+        """After the last request: all that was written is made durable.  The paths of the devices
+        of which that may not be so."""
+        unsynced: list[str] = []
         with trio.CancelScope(shield=True):
             if self._pool is not None:
                 self._pool.drain()
@@ -66,32 +68,36 @@ class Ending:
             # The home device last: its names lead to what the others have.
             async with trio.open_nursery() as nursery:
                 for device in self._devices[1:]:
-                    nursery.start_soon(self._sync_device, device)
-            await self._sync_device(self._devices[0])
+                    nursery.start_soon(self._sync_device, device, unsynced)
+            await self._sync_device(self._devices[0], unsynced)
             self._files.end()
             self._front.stop()
             for device in self._devices:
                 if device.native.stop() > 0:
                     log.error("%s hangs and is left behind", os.fsdecode(device.path))
+        return unsynced
 
-    async def _sync_device(self, device: Device) -> None:
+    async def _sync_device(self, device: Device, unsynced: list[str]) -> None:
         """Everything on it, open or not.  A device that hangs uses up its own patience only."""
         done = False
         with trio.move_on_after(SYNC_PATIENCE_S / 2):
-            for file in self._files.all():
-                if file.device is device:
-                    await self._sync_file(file)
+            synced = [await self._sync_file(f) for f in self._files.all() if f.device is device]
             try:
                 await device.run(lambda: _native.syncfs(device.fd))
-                done = True
+                done = all(synced)
             except OSError as error:
                 device.failed(f"sync at unmount: {error.strerror}")
         if not done:
-            log.error("%s was not synced at unmount", os.fsdecode(device.path))
+            path = os.fsdecode(device.path)
+            log.error("%s was not synced at unmount", path)
+            unsynced.append(path)
 
-    async def _sync_file(self, file: OpenFile) -> None:
+    async def _sync_file(self, file: OpenFile) -> bool:
+        """Whether it is durable; not so when an fsync failed before, and nobody was told."""
         try:
             await file.seal()
             await file.sync()
         except OSError as error:
             file.device.failed(f"fsync at unmount: {error.strerror}")
+            return False
+        return not file.native.error_unseen

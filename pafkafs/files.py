@@ -5,7 +5,6 @@ Contents never pass through here.  What does: opening and closing, truncation, t
 
 import errno
 import itertools
-import logging
 import math
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -20,7 +19,6 @@ from pafkafs.nodes import Node
 # Freeing more bytes than this is not for the trio thread.
 LONG_FREE = 16 << 20
 
-log = logging.getLogger(__name__)
 
 _OPEN_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
 
@@ -331,7 +329,7 @@ class OpenFiles:
         try:
             await file.sync()
         except OSError as error:
-            log.error("fsync of %s failed: %s", os.fsdecode(file.node.path()), error.strerror)
+            file.device.failed(f"fsync of {os.fsdecode(file.node.path())}: {error.strerror}")
 
 
 def open_data(name: bytes, dir_fd: int) -> tuple[int, bool]:

@@ -1,25 +1,22 @@
-"""`pafkafs mount`, `umount` and the mount helper, from the outside."""
+"""`pafkafs mount` and the mount helper, from the outside."""
 
 import fcntl
 import json
 import os
-import signal
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 from conftest import MakeMount
-from filetools import Background, cut_off, opened
+from filetools import Background, opened
 from harness import (
     MOUNT_PAFKAFS,
     PAFKAFS,
     Mount,
     is_dead_mount,
     is_mounted,
-    is_running,
     let_others_search,
     mount_line,
     run_pafkafs,
@@ -45,80 +42,10 @@ def assert_refused(mount: Mount, *words: str) -> None:
     assert entries(mount.fast, mount.slow, mount.mountpoint) == before
 
 
-@contextmanager
-def foreground(mount: Mount) -> Iterator[subprocess.Popen[str]]:
-    """`pafkafs mount -f`, ended after the test in whatever state that left it."""
-    paths = map(str, (mount.fast, mount.slow, mount.mountpoint))
-    command = [PAFKAFS, "mount", "-f", *mount.options, *paths]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as daemon:
-        try:
-            wait_until(lambda: is_mounted(mount.mountpoint), "the mount")
-            yield daemon
-        finally:
-            if daemon.poll() is None:
-                daemon.kill()
-
-
 def test_mount_returns_when_requests_are_served(make_mount: MakeMount) -> None:
     mount = make_mount().start()
     (mount.mountpoint / "file").write_bytes(b"x")
     assert (mount.tree / "file").read_bytes() == b"x"
-
-
-def test_foreground_serves_until_sigterm_and_exits_0(make_mount: MakeMount) -> None:
-    mount = make_mount()
-    with foreground(mount) as daemon:
-        (mount.mountpoint / "file").write_bytes(b"x")
-        daemon.terminate()
-        _, errors = daemon.communicate(timeout=30)
-    assert daemon.returncode == 0, errors
-    assert "is mounted" in errors
-    assert not is_mounted(mount.mountpoint)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_syncs_and_unmounts_also_when_busy(
-    make_mount: MakeMount, number: signal.Signals
-) -> None:
-    mount = make_mount().start()
-    with cut_off(mount.mountpoint / "file") as stream:
-        stream.write(b"kept")
-        pid = mount.pid
-        os.kill(pid, number)
-        wait_until(lambda: not is_running(pid), "the daemon's end")
-        assert not is_mounted(mount.mountpoint)
-        with pytest.raises(OSError, match=r"."):
-            stream.write(b"cut off")
-    assert (mount.tree / "file").read_bytes() == b"kept"
-
-
-def test_stores_into_a_mapping_survive_sigterm(make_mount: MakeMount) -> None:
-    import mmap
-
-    mount = make_mount().start()
-    with cut_off(mount.mountpoint / "file") as stream:
-        stream.truncate(8192)
-        with mmap.mmap(stream.fileno(), 8192) as mapped:
-            mapped[5000:5004] = b"here"
-            pid = mount.pid
-            os.kill(pid, signal.SIGTERM)
-            wait_until(lambda: not is_running(pid), "the daemon's end")
-    assert (mount.tree / "file").read_bytes()[5000:5004] == b"here"
-
-
-def test_sigterm_after_a_lazy_umount_by_somebody_else_ends_the_daemon(
-    make_mount: MakeMount,
-) -> None:
-    mount = make_mount()
-    path = mount.mountpoint / "file"
-    with foreground(mount) as daemon, open(path, "wb", buffering=0) as stream:
-        stream.write(b"kept")
-        subprocess.run(["umount", "-l", mount.mountpoint], check=True)
-        daemon.terminate()
-        _, errors = daemon.communicate(timeout=30)
-    assert daemon.returncode == 0, errors
-    assert "Traceback" not in errors
-    assert (mount.tree / "file").read_bytes() == b"kept"
 
 
 def test_mount_left_dead_by_sigkill_is_replaced(make_mount: MakeMount) -> None:
@@ -145,26 +72,6 @@ def test_failure_after_the_mount_is_ready_is_not_written_to_somebodys_file(
         starter.tell(b"unexpected error")
         os.close(writer)
     assert data.read_bytes() == b"records"
-
-
-def test_umount_is_refused_while_a_file_is_open(mount: Mount) -> None:
-    with open(mount.mountpoint / "file", "wb"):
-        result = run_pafkafs("umount", str(mount.mountpoint))
-        assert result.returncode == 1
-        assert "fuser" in result.stderr
-    mount.stop()
-
-
-def test_umount_returns_when_the_daemon_has_ended(mount: Mount) -> None:
-    pid = mount.pid
-    mount.stop()
-    assert not is_running(pid)
-
-
-def test_umount_of_nothing_is_an_error(tmp_path: Path) -> None:
-    result = run_pafkafs("umount", str(tmp_path))
-    assert result.returncode == 1
-    assert "no pafkafs is mounted" in result.stderr
 
 
 def test_second_daemon_on_the_same_devices_is_refused(make_mount: MakeMount) -> None:

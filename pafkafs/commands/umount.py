@@ -3,6 +3,8 @@
 import os
 import select
 import signal
+from collections.abc import Callable
+from typing import Any
 
 import click
 
@@ -20,7 +22,8 @@ _DAEMON_PATIENCE_S = 150.0
 def umount(mountpoint: str, lazy: bool) -> None:
     """Unmount MOUNTPOINT.
 
-    Refused while files are open, unless --lazy. Returns when the daemon has synced and ended.
+    Refused while files are open, unless --lazy. Returns when the daemon has synced and ended; with
+    1 when it could not sync a device.
     """
     unmount(os.path.realpath(mountpoint), lazy=lazy)
 
@@ -36,16 +39,32 @@ def unmount(where: str, *, lazy: bool) -> None:
         return
     watch = os.pidfd_open(pid)
     try:
-        if lazy:
-            signal.pidfd_send_signal(watch, signal.SIGTERM)  # it syncs, detaches and cuts off
-        else:
-            _detach(where, lazy=False)
-        if not select.select([watch], [], [], _DAEMON_PATIENCE_S)[0]:
-            raise PafkafsError(
-                f"unmounted, but the daemon (pid {pid}) still waits for a device; see its log"
-            )
+        with control.asking(where, control.AWAIT_END) as answer:
+            answer(control.TIMEOUT_S)  # it knows that we wait
+            if lazy:
+                signal.pidfd_send_signal(watch, signal.SIGTERM)  # it syncs, detaches and cuts off
+            else:
+                _detach(where, lazy=False)
+            unsynced = _unsynced(answer, pid)
+        select.select([watch], [], [], _DAEMON_PATIENCE_S)  # then the devices are free
     finally:
         os.close(watch)
+    if unsynced:
+        raise PafkafsError(
+            f"unmounted, but {' and '.join(unsynced)} could not be synced, and may lack what was "
+            "written there without fsync; see the log of the daemon"
+        )
+
+
+def _unsynced(answer: Callable[[float], Any], pid: int) -> list[str]:
+    """The devices that were not synced."""
+    try:
+        unsynced: list[str] = answer(_DAEMON_PATIENCE_S)
+    except PafkafsError as error:
+        raise PafkafsError(
+            f"unmounted, but the daemon (pid {pid}) has not told that all is synced; see its log"
+        ) from error
+    return unsynced
 
 
 def _daemon_of(where: str) -> int | None:
