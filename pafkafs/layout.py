@@ -147,8 +147,8 @@ def reopen_directory(path_fd: int) -> int:
 def open_state_directory(device_fd: int, name: str, *, create: bool = True) -> int:
     """Opens one of the device's own directories, made if it is missing.
 
-    A directory that somebody else could have planted, or is a symlink, is refused (ELOOP,
-    ENOTDIR, PermissionError).
+    A directory that somebody else could have planted, or is a symlink, is refused
+    (NotADirectoryError, PermissionError).
     """
     if create:
         try:
@@ -159,7 +159,12 @@ def open_state_directory(device_fd: int, name: str, *, create: bool = True) -> i
             os.chmod(name, STATE_MODES.get(name, 0o755), dir_fd=device_fd)
             os.fsync(device_fd)
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(name, flags, dir_fd=device_fd)
+    try:
+        fd = os.open(name, flags, dir_fd=device_fd)
+    except OSError as error:
+        if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+            raise
+        raise NotADirectoryError(error.errno, f"{name} there is a file or a symlink") from error
     status = os.fstat(fd)
     if name != TREE and (status.st_uid != os.geteuid() or status.st_mode & stat.S_IWOTH):
         os.close(fd)

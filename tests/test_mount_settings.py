@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import MakeMount
+from faults import Action, Faults, Kind
 from filetools import MIB, is_spilled
 from harness import Mount, run_pafkafs, wait_until
 
@@ -235,3 +236,22 @@ def test_config_inside_the_mountpoint_is_refused(make_mount: MakeMount) -> None:
     config = mount.mountpoint / "pafkafs.toml"
     config.write_text("")
     assert_refused(mount.mount("--config", str(config)), 2, "is inside the mountpoint")
+
+
+def test_options_that_change_touch_no_device(make_mount: MakeMount, tmp_path: Path) -> None:
+    """So there is nothing that a crash could cut."""
+    faults = Faults(tmp_path)
+    config = tmp_path / "pafkafs.toml"
+    config.write_text("threshold = 0.5\n")
+    faults.arm(tmp_path, Action.COUNT, kinds=Kind.CHANGE | Kind.SYNC)
+    with faults.daemon():
+        mount = make_mount("--config", str(config)).start()
+    wait_until(lambda: sum("syncfs" in call for call in faults.calls) == 2, "the first syncs")
+    (mount.mountpoint / "file").touch()
+    assert any("file" in call for call in faults.calls)
+    faults.arm(tmp_path, Action.COUNT, kinds=Kind.CHANGE | Kind.SYNC)
+    set_(mount, "threshold=0.6", "max-age=7d", "migrate-rate=1MiB", "pin=t-*/*")
+    config.write_text("threshold = 0.7\n")
+    assert run_pafkafs("reload", str(mount.mountpoint)).returncode == 0
+    assert get(mount, "threshold") == "0.7"
+    assert [call for call in faults.calls if not call.endswith(mount.log.name)] == []

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import MakeMount
 from filetools import opened
-from harness import GROWING, Mount
+from harness import GROWING, Mount, wait_until
 
 SECRET = b"somebody else's file"
 
@@ -119,6 +119,44 @@ def test_symlink_in_the_place_of_an_own_file_fails_the_mount_with_one_line(
     assert result.stderr.count("\n") == 1, result.stderr
     assert name in result.stderr
     assert untouched(victim)
+
+
+@pytest.mark.parametrize("name", ["tree", "shadows", "objects", "tmp", "lost"])
+def test_symlink_in_the_place_of_an_own_directory_fails_the_mount_with_one_line(
+    make_mount: MakeMount, tmp_path: Path, name: str
+) -> None:
+    mount = make_mount().start()
+    mount.stop()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    own = mount.slow / name if name == "objects" else mount.fast / name
+    own.rename(own.with_name("was"))
+    own.symlink_to(elsewhere)
+    result = mount.mount()
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert f"{name} there is a file or a symlink" in result.stderr
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_symlinks_among_what_is_to_be_removed_go_and_what_they_lead_to_stays(
+    make_mount: MakeMount, victim: Path
+) -> None:
+    """In tmp/, which is emptied at mount; and as an object without a name, put aside to lost/."""
+    mount = make_mount("--mode", "slow").start()
+    demoted(mount)
+    mount.stop()
+    directory = victim.parent / "directory"
+    directory.mkdir()
+    (directory / "file").write_bytes(SECRET)
+    for number, target in enumerate((victim, directory)):
+        (mount.fast / "tmp" / f"planted{number}").symlink_to(target)
+        (mount.slow / "objects" / f"planted{number}").symlink_to(target)
+    mount.start()
+    wait_until(lambda: list((mount.fast / "tmp").iterdir()) == [], "tmp/ to be emptied")
+    mount.restart()
+    assert untouched(victim)
+    assert (directory / "file").read_bytes() == SECRET
 
 
 def test_own_directories_are_closed_to_others(make_mount: MakeMount) -> None:
