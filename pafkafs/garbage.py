@@ -60,7 +60,7 @@ def collect(device: Device, is_referenced: Callable[[str], bool]) -> GarbageRepo
     for path in unreferenced:
         _put_aside(device, path)
     for directory in empty:
-        _remove_empty(device, directory)
+        layout.remove_empty(device.objects_fd, directory)
     return GarbageReport(len(found), len(unreferenced), len(unreferenced))
 
 
@@ -93,17 +93,7 @@ def _object_id(path: bytes) -> str:
 def _put_aside(device: Device, path: bytes) -> None:
     log.warning("%s: %s has no stub, moved to lost", os.fsdecode(device.path), os.fsdecode(path))
     layout.put_aside(device.objects_fd, path, device.lost_fd, durably=False)
-    _remove_empty(device, path.rpartition(b"/")[0])
-
-
-def _remove_empty(device: Device, directory: bytes) -> None:
-    """With those above it.  Who is about to make an object there makes its directories again."""
-    while directory:
-        try:
-            os.rmdir(directory, dir_fd=device.objects_fd)
-        except OSError:
-            return  # not empty
-        directory = directory.rpartition(b"/")[0]
+    layout.remove_empty(device.objects_fd, path.rpartition(b"/")[0])
 
 
 def _delete_old(device: Device) -> None:

@@ -191,6 +191,24 @@ def remove(name: bytes, dir_fd: int) -> None:
         os.rmdir(name, dir_fd=dir_fd)
 
 
+def remove_empty(top_fd: int, directory: bytes) -> None:
+    """A directory below top, and those above it, as far as they are empty.  What cannot be removed
+    is found at the next mount.  Whoever is about to make an object there makes them again."""
+    while directory:
+        above, _, name = directory.rpartition(b"/")
+        try:
+            fd = _native.open_beneath(
+                top_fd, above or b".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+            )
+            try:
+                os.rmdir(name, dir_fd=fd)
+            finally:
+                os.close(fd)
+        except OSError:
+            return
+        directory = above
+
+
 def exists(name: str | bytes, dir_fd: int) -> bool:
     """Whether a directory has an entry of this name, whatever it is."""
     try:

@@ -3,7 +3,6 @@
 The namespace never waits for a slow device; it leaves word here.
 """
 
-import errno
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -12,7 +11,14 @@ import trio
 
 from pafkafs import _native
 from pafkafs.device import Device, Home
-from pafkafs.layout import Stub, copy_attributes, reopen_directory, shadow_status, sync_all
+from pafkafs.layout import (
+    Stub,
+    copy_attributes,
+    remove_empty,
+    reopen_directory,
+    shadow_status,
+    sync_all,
+)
 
 log = logging.getLogger(__name__)
 
@@ -191,20 +197,8 @@ def remove_object(device: Device, stub: Stub) -> int:
             os.close(fd)
     except FileNotFoundError:
         return 0  # a file that never got its object
-    if directory:
-        _remove_empty(device, directory)
+    remove_empty(device.objects_fd, directory)
     return allocated
-
-
-def _remove_empty(device: Device, directory: bytes) -> None:
-    try:
-        os.rmdir(directory, dir_fd=device.objects_fd)
-    except OSError as error:
-        if error.errno not in _NOT_EMPTY:
-            raise
-
-
-_NOT_EMPTY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
 
 
 def _report(device: Device, stub: Stub, what: str, error: OSError) -> None:

@@ -94,9 +94,8 @@ class Repairs:
             else:
                 top_fd = self._devices[where.device].fd
             layout.put_aside(top_fd, where.path, lost_fd, durably=True)
-            directory = where.path.rpartition(b"/")[0]
-            if where.area == layout.OBJECTS and directory:
-                _remove_empty(top_fd, directory)
+            if where.area == layout.OBJECTS:
+                layout.remove_empty(top_fd, where.path.rpartition(b"/")[0])
 
     # -- shadows --------------------------------------------------------------------------------
 
@@ -251,10 +250,3 @@ def _open_beneath(stack: ExitStack, top_fd: int, path: bytes, flags: int, mode: 
 def _stub_of(finding: Finding) -> Stub:
     assert finding.stub is not None
     return finding.stub
-
-
-def _remove_empty(top_fd: int, directory: bytes) -> None:
-    try:
-        os.rmdir(directory, dir_fd=top_fd)
-    except OSError:
-        return  # not empty
