@@ -45,7 +45,7 @@ class MigrationOptions:
 
 
 @dataclass
-class _Rest:
+class Rest:
     """Of a device that failed: until when nothing is moved to it, longer each time."""
 
     until_s: float = 0.0
@@ -99,7 +99,7 @@ class Migrator:
         self._wanted = trio.Event()
         self.paused = False
         self.last_error: str | None = None
-        self._rests: dict[str, _Rest] = {}  # by device
+        self._rests: dict[str, Rest] = {}  # by device
         self._draining: set[int] = set()  # tiers on their way to the low watermark
         self._readers = ReadersFirst()
 
@@ -184,9 +184,11 @@ class Migrator:
                 wait = max(1, round(rest.until_s - now_s))
                 found.append(f"nothing moves to {where} for {wait} s: {rest.why}")
         fast = tiers[0]
-        pinned = self._catalogue.sealed_bytes(0, self.options.rules.pinned)
-        if limits.threshold >= 0 and pinned > limits.threshold * fast.capacity_bytes:
-            found.append("pinned segments alone take more than the threshold")
+        kept = sum(self._catalogue.sealed_bytes(0, n) for n in self.options.rules.kept_fast)
+        if limits.threshold >= 0 and kept > limits.threshold * fast.capacity_bytes:
+            found.append(
+                'segments that stay (--pin, keep = "fast") alone take more than the threshold'
+            )
         if waiting := self._readers.waiting(now_s):
             found.append(
                 f"segments that stay while they are read heavily: {waiting} "
@@ -331,7 +333,7 @@ class Migrator:
         of_the_file = (errno.EBUSY, errno.EMLINK, errno.ECANCELED)
         if isinstance(error, SourceError) or error.errno in of_the_file:
             return
-        rest = self._rests.setdefault(target.id, _Rest())
+        rest = self._rests.setdefault(target.id, Rest())
         rest.begin(time.monotonic(), error.strerror or str(error))
 
     def _check_movable(self, node: Node, tier: int) -> None:

@@ -87,6 +87,11 @@ class Rules:
         return any(fnmatch.fnmatchcase(path, glob) for glob in self.pins)
 
     @property
+    def kept_fast(self) -> list[int]:
+        """The numbers of the rules whose segments stay on the fast tier."""
+        return [number for number, rule in enumerate(self.all) if rule.keep is Keep.FAST]
+
+    @property
     def pinned(self) -> int:
         """The number of the rule of pinned paths."""
         return len(self.topics) + 1

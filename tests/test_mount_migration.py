@@ -3,6 +3,7 @@
 import fcntl
 import mmap
 import os
+import re
 import shutil
 import signal
 import threading
@@ -26,6 +27,7 @@ from harness import (
 
 from pafkafs import control
 from pafkafs.errors import PafkafsError
+from pafkafs.migration import Rest
 
 # Nothing moves by itself.
 STILL = ("--threshold", "-1")
@@ -451,6 +453,69 @@ def test_pinned_paths_stay(make_mount: MakeMount) -> None:
     assert not is_spilled(mount, pinned)
 
 
+KEPT = """
+[[topics]]
+name = "topic"
+keep = "fast"
+"""
+
+
+@pytest.mark.parametrize("by", ["pin", "topic"])
+def test_status_says_that_what_stays_alone_is_more_than_the_threshold(
+    make_mount: MakeMount, tmp_path: Path, by: str
+) -> None:
+    config = tmp_path / "pafkafs.toml"
+    config.write_text(KEPT if by == "topic" else 'pin = ["topic-0/*"]')
+    lines = ("--fast-capacity", "64MiB", "--threshold", "0.2")
+    mount = make_mount(*lines, "--config", str(config)).start()
+    contents = write_segments(mount, 4)
+    wait_until(
+        lambda: any("alone take more" in note for note in mount.status()["migration"]["notes"]),
+        "the note",
+    )
+    assert not any(is_spilled(mount, path) for path in contents)
+
+
+def test_file_that_is_written_to_faster_than_it_is_copied_stays_and_says_so(
+    make_mount: MakeMount,
+) -> None:
+    mount = make_mount(*STILL, "--migrate-rate", "32MiB").start()
+    content = os.urandom(16 * MIB)
+    path = segment(mount, content=content)
+    ending = threading.Event()
+
+    def rewrite() -> None:
+        with opened(path, os.O_RDWR) as fd:
+            while not ending.is_set():
+                for at in range(0, len(content), MIB):
+                    os.pwrite(fd, content[at : at + MIB], at)
+
+    writer = Background(rewrite)
+    try:
+        result = run_pafkafs("migrate", "--wait", "--to", "slow", str(path))
+    finally:
+        ending.set()
+        writer.join()
+    assert result.returncode == 1
+    assert "it changes faster than it can be copied" in result.stderr
+    assert path.read_bytes() == content
+    wait_until(lambda: leaves_nothing_behind(mount), "the copy to be removed")
+    migrate("slow", path)
+    assert path.read_bytes() == content
+
+
+def test_failing_slow_device_is_left_alone_for_longer_each_time() -> None:
+    rest = Rest()
+    now_s, found = 1000.0, []
+    for _ in range(9):
+        rest.begin(now_s, "Input/output error")
+        rest.begin(now_s + 0.1, "another file, which failed at the same time")
+        found.append(rest.until_s - now_s)
+        now_s = rest.until_s
+    assert found == [5, 10, 20, 40, 80, 160, 300, 300, 300]
+    assert rest.why == "Input/output error"
+
+
 def test_failing_slow_device_is_told_and_nothing_is_lost(make_mount: MakeMount) -> None:
     mount = make_mount("--interval", "100ms", "--max-age", "1h")
     mount.start()
@@ -458,6 +523,8 @@ def test_failing_slow_device_is_told_and_nothing_is_lost(make_mount: MakeMount) 
     path = segment(mount, 1, b"content")
     os.utime(path, ns=(10**18, 10**18))
     wait_until(lambda: mount.status()["migration"]["last_error"], "the error")
+    (note,) = mount.status()["migration"]["notes"]
+    assert re.fullmatch(rf"nothing moves to {mount.slow} for \d+ s: .*", note)
     assert path.read_bytes() == b"content"
     assert not is_spilled(mount, path)
 
