@@ -21,8 +21,9 @@ from types import FrameType
 from typing import Any
 
 from kafkarun import distribution, topics
+from kafkarun.beside import BackgroundLoad, TailReader
 from kafkarun.broker import Broker
-from kafkarun.check import Report
+from kafkarun.check import Ledger, Report
 from kafkarun.errors import KafkaRunError
 from kafkarun.payload import Payloads
 from kafkarun.traffic import CheckedProducer, check_topic
@@ -31,14 +32,15 @@ KAFKA_VERSION = "4.1.1"
 TOPIC = "orders"
 PARTITIONS = 4
 RECORDS = 300_000
+RECORDS_PER_S = 5_000  # while segments move
 RECORD_BYTES = 1024
 SEGMENT_BYTES = 16 << 20
-FAST_CAPACITY = "96MiB"
+FAST_CAPACITY = "160MiB"
 MEMORY_SIZE = "512M"
 MIB = 1 << 20
 
 PAFKAFS = str(Path(sys.executable).with_name("pafkafs"))
-STEPS = 10
+STEPS = 11
 END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -198,13 +200,16 @@ def run(layout: Layout, progress: Progress, signals: EndSignals, cleanup: ExitSt
         said.append(f"{RECORDS * RECORD_BYTES // MIB} MiB")
     with progress.step("consume them from the beginning and check every one") as said:
         report = check_topic(broker.bootstrap, TOPIC, producer.ledger, payloads)
-        expect_complete(report)
+        expect_complete(report, RECORDS)
         said.append("all there, once and in order")
-    moving = "move all sealed segments to disk and back, consuming them meanwhile"
+    moving = "move all sealed segments to disk, some back, reading the beginning and the tail"
     with progress.step(moving) as said:
-        report = consume_while_moving(layout, broker, producer, payloads, cleanup)
-        expect_complete(report)
-        said.append(f"{moved_files(layout)} moves, all records there again")
+        tail = read_while_moving(layout, broker, producer, payloads, cleanup)
+        said.append(f"{moved_files(layout)} moves, {tail:,} new records seen at the tail")
+    with progress.step("check every record again") as said:
+        report = check_topic(broker.bootstrap, TOPIC, producer.ledger, payloads)
+        expect_complete(report, producer.sent)
+        said.append("all there, once and in order")
     with progress.step("look where the files are") as said:
         fast, slow = tier_files(layout)
         said.append(f"{fast} in memory, {slow} on disk")
@@ -250,31 +255,49 @@ def produce(broker: Broker, payloads: Payloads) -> CheckedProducer:
     return producer
 
 
-def expect_complete(report: Report) -> None:
-    if not report.intact or report.acked != RECORDS or report.unacked:
+def expect_complete(report: Report, records: int) -> None:
+    if not report.intact or report.acked != records or report.unacked:
         raise DemoError(f"what was consumed is not what was produced: {report}")
 
 
-def consume_while_moving(
+def read_while_moving(
     layout: Layout,
     broker: Broker,
     producer: CheckedProducer,
     payloads: Payloads,
     cleanup: ExitStack,
-) -> Report:
-    """Checks all records from the beginning while their segments move under the broker."""
+) -> int:
+    """Checks all records from the beginning while their segments move under the broker, and more
+    come in and are read at once: how many were."""
+    before = Ledger()
+    before.merge(producer.ledger)
+    with TailReader(broker.bootstrap, TOPIC, payloads) as tail:
+        with BackgroundLoad(producer, RECORDS_PER_S) as load:
+            load.wait_for_acks(RECORDS_PER_S // 10)
+            mover = start_moves(layout, cleanup)
+            report = check_topic(broker.bootstrap, TOPIC, before, payloads)
+            if mover.wait() != 0:
+                raise DemoError((layout.logs / "migrate.log").read_text().strip())
+        tail.catch_up(producer)
+    if not report.intact or report.acked != RECORDS:
+        raise DemoError(f"what was consumed is not what was produced: {report}")
+    return tail.seen
+
+
+def start_moves(layout: Layout, cleanup: ExitStack) -> subprocess.Popen[bytes]:
+    """All partitions down, and the first one up again: more has no room."""
     directories = sorted(map(str, layout.mountpoint.glob(f"{TOPIC}-*")))
-    commands = [[PAFKAFS, "migrate", "--to", tier, *directories] for tier in ("slow", "fast")]
-    script = "; ".join(shlex.join(command) for command in commands)
+    commands = [
+        [PAFKAFS, "migrate", "--wait", "--to", "slow", *directories],
+        [PAFKAFS, "migrate", "--wait", "--to", "fast", directories[0]],
+    ]
+    script = " && ".join(shlex.join(command) for command in commands)
     with (layout.logs / "migrate.log").open("w") as log:
         mover = subprocess.Popen(
             ["sh", "-c", script], stdout=log, stderr=log, start_new_session=True
         )
     cleanup.callback(mover.wait)
-    report = check_topic(broker.bootstrap, TOPIC, producer.ledger, payloads)
-    if mover.wait() != 0:
-        raise DemoError((layout.logs / "migrate.log").read_text().strip())
-    return report
+    return mover
 
 
 def moved_files(layout: Layout) -> int:

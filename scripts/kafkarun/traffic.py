@@ -55,6 +55,11 @@ class CheckedProducer:
         self.client = Producer(client_config(bootstrap, **(defaults | settings)))
 
     @property
+    def next_seq(self) -> dict[int, int]:
+        """The number that the next record of each partition gets, where there is one already."""
+        return {partition: seq for partition, seq in enumerate(self._next_seq) if seq > 0}
+
+    @property
     def sent(self) -> int:
         """Records handed to the client so far, whatever has become of them."""
         return sum(self._next_seq)

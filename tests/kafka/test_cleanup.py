@@ -5,11 +5,11 @@ from functools import partial
 from pathlib import Path
 
 from kafkarun import topics
+from kafkarun.beside import BackgroundLoad
 from kafkarun.polling import wait_until
 from kafkarun.traffic import read_topic
 
 from kafka.cluster import SEGMENT_BYTES, TIDY, Cluster, StartCluster
-from kafka.load import BackgroundLoad
 from kafka.logdirs import LogDir
 
 MIB = 1 << 20

@@ -1,11 +1,12 @@
 """Every acknowledged record is read back, whatever the broker goes through."""
 
 import pytest
+from kafkarun.beside import BackgroundLoad
 from kafkarun.polling import wait_until
 
 from kafka.cluster import Cluster, StartCluster
-from kafka.load import BackgroundLoad, StallWatch
 from kafka.logdirs import LogDir
+from kafka.stallwatch import StallWatch
 
 # Twice the fast tier, so that most segments spill.
 SPILLING_RECORDS = 64 * 1024

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from harness import Mount
 from kafkarun import topics
+from kafkarun.beside import BackgroundLoad, Beside, TailReader
 from kafkarun.distribution import Distribution
 from kafkarun.traffic import CheckedProducer, read_topic
 
 from kafka.cluster import TIDY, Cluster
-from kafka.load import BackgroundLoad, Beside, StallWatch, TailReader
 from kafka.logdirs import MountedDirectory
+from kafka.stallwatch import StallWatch
 from pafkafs import control
 
 # Lines so low and times so short that something moves at any time, in both directions.

@@ -26,13 +26,13 @@ from filetools import frozen
 from harness import Mount
 from hdd import HddError, hdd
 from kafkarun import topics
+from kafkarun.beside import BackgroundLoad, Beside, TailReader
 from kafkarun.check import Report
 from kafkarun.distribution import Distribution
 from kafkarun.traffic import CheckedProducer
 from prometheus_client.parser import text_string_to_metric_families
 
 from kafka.cluster import TIDY, Cluster
-from kafka.load import BackgroundLoad, Beside, TailReader
 from kafka.logdirs import MountedDirectory
 from kafka.test_migration import SMALL_SEGMENTS, Storm
 from pafkafs.errors import PafkafsError

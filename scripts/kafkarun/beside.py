@@ -1,15 +1,14 @@
-"""What runs beside a scenario: a steady producer, and a watch on the mount's response times."""
+"""What runs beside a scenario: a steady producer, and a consumer at the tail."""
 
-import os
-import time
 from collections.abc import Callable
-from pathlib import Path
 from threading import Event, Thread
 from types import TracebackType
 from typing import Self
 
 from confluent_kafka import OFFSET_END, Consumer, TopicPartition
+
 from kafkarun.clients import client_config
+from kafkarun.errors import KafkaRunError
 from kafkarun.payload import Payloads
 from kafkarun.polling import wait_until
 from kafkarun.topics import partitions_of
@@ -43,7 +42,8 @@ class Beside:
         self._ending.set()
         self._thread.join(60)
         if kind is None:
-            assert not self._thread.is_alive(), f"{type(self).__name__} hangs"
+            if self._thread.is_alive():
+                raise KafkaRunError(f"{type(self).__name__} hangs")
             if self._failure is not None:
                 raise self._failure
 
@@ -123,40 +123,23 @@ class TailReader(Beside):
         super().__exit__(kind, value, trace)
         self._consumer.close()
 
+    def catch_up(self, producer: CheckedProducer) -> None:
+        """Return when the last record of each partition was seen, and nobody sends more."""
+        wait_until(
+            lambda: self._failure is not None or self._next == producer.next_seq,
+            within_s=BACKLOG_MAX_S,
+            what="the tail",
+        )
+
     def tick(self) -> None:
         for message in self._consumer.consume(500, _TICK_S):
             if message.error() is not None:
                 continue  # of the connection, while the broker starts
             origin = self._payloads.origin(message.value())
-            assert origin is not None, f"corrupt record at offset {message.offset()}"
+            if origin is None:
+                raise KafkaRunError(f"corrupt record at offset {message.offset()} of the tail")
             expected = self._next.get(origin.partition, origin.seq)
-            assert origin.seq == expected, f"{origin.seq} instead of {expected}"
+            if origin.seq != expected:
+                raise KafkaRunError(f"record {origin.seq} instead of {expected} at the tail")
             self._next[origin.partition] = origin.seq + 1
             self.seen += 1
-
-
-class StallWatch(Beside):
-    """Lists and stats the top of a directory all the time and keeps the longest it took."""
-
-    def __init__(self, top: Path) -> None:
-        super().__init__()
-        self._top = top
-        self._worst_s = 0.0
-        self._started: float | None = None
-
-    @property
-    def worst_s(self) -> float:
-        """Seconds of the slowest round, one that has not come back yet included."""
-        started = self._started
-        running_s = time.monotonic() - started if started is not None else 0.0
-        return max(self._worst_s, running_s)
-
-    def tick(self) -> None:
-        self._started = time.monotonic()
-        for name in os.listdir(self._top):
-            try:
-                os.stat(self._top / name)
-            except FileNotFoundError:  # Kafka replaces checkpoints all the time
-                continue
-        self._worst_s = self.worst_s
-        self._started = None
