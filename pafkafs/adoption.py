@@ -4,12 +4,10 @@ It can be cut anywhere: what was moved is in tree/, the rest where it was, and t
 goes on.
 """
 
-import fcntl
 import os
-import struct
 from pathlib import Path
 
-from pafkafs import deviceset, layout
+from pafkafs import brokers, deviceset, layout
 from pafkafs.errors import PafkafsError
 
 _OWN = {
@@ -76,18 +74,7 @@ def _check(source: Path, device: Path) -> None:
         raise PafkafsError(f"the fast device {device} is inside {source}")
     if source.is_relative_to(device / layout.TREE):
         raise PafkafsError(f"{source} is in the home tree already")
-    lock = source / ".lock"
-    if lock.exists() and _is_locked(lock):
-        raise PafkafsError(f"a Kafka broker is using {source}: stop it first")
-
-
-def _is_locked(path: Path) -> bool:
-    """Whether a broker holds the fcntl lock that it takes on its log directories."""
-    with path.open("rb") as stream:
-        probe = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-        answer = fcntl.fcntl(stream, fcntl.F_GETLK, probe)
-    kind: int = struct.unpack("hhqqi", answer)[0]
-    return kind != fcntl.F_UNLCK
+    brokers.refuse_running(str(source))
 
 
 def _form_set(device: Path, slow: list[str], ignore: Path | None) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from pafkafs import _native, deviceset, growing
+from pafkafs import _native, brokers, deviceset, growing
 from pafkafs.config import MountOptions
 from pafkafs.device import Device, Home, device_kind, open_device, open_home
 from pafkafs.errors import PafkafsError
@@ -55,6 +55,7 @@ def _open_devices(
     options: MountOptions,
 ) -> tuple[list[Device], Home, dict[str, tuple[bytes, ...]], str]:
     members = deviceset.assemble(options.tiers)
+    brokers.refuse_running_on_tree(members[0].fd, members[0].member.path)
     kinds = [device_kind(member.fd, member.member.path) for member in members]
     durability = options.durability or ("power" if kinds[0] == "dax" else "process")
     devices = [

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pafkafs import _native, batches, deviceset, kafka, layout
+from pafkafs import _native, batches, brokers, deviceset, kafka, layout
 from pafkafs.batches import Extent
 from pafkafs.copies import copy_into
 from pafkafs.errors import PafkafsError
@@ -63,7 +63,10 @@ class _Work:
 
 def open_sources(paths: Sequence[str]) -> list[int]:
     """Opens and locks the devices; PafkafsError when one is in use."""
-    return [deviceset.open_device(path, "given") for path in paths]
+    fds = [deviceset.open_device(path, "given") for path in paths]
+    for path, fd in zip(paths, fds, strict=True):
+        brokers.refuse_running_on_tree(fd, path)
+    return fds
 
 
 def make_target(path: str, sources: Sequence[str]) -> int:

@@ -28,6 +28,7 @@ LAYERS = [
     {"device"},
     {"deviceset", "slots", "checking"},
     {"walking", "references"},
+    {"brokers"},
     {"layout", "copies", "salvage", "config", "attributes", "catalogue"},
     {"policy"},
     {"batches", "placement", "kafka", "units", "kernel", "pmemhost"},

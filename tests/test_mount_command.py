@@ -292,6 +292,30 @@ def test_bad_option_is_a_usage_error(make_mount: MakeMount, options: list[str], 
     assert "unexpected" not in result.stderr
 
 
+@pytest.mark.parametrize("log_dir", [".", "broker"])
+def test_home_tree_with_a_running_broker_is_refused(make_mount: MakeMount, log_dir: str) -> None:
+    """Not by mount alone: nobody else may read it while it changes, or change it, too."""
+    mount = make_mount().start()
+    (mount.mountpoint / log_dir).mkdir(exist_ok=True)
+    (mount.mountpoint / log_dir / ".lock").touch()
+    (mount.mountpoint / "topic-0").mkdir()
+    mount.stop()
+    devices = [str(mount.fast), str(mount.slow)]
+    with open(mount.tree / log_dir / ".lock", "r+b") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        assert_refused(mount, f"a Kafka broker (pid {os.getpid()}) is using {mount.tree}")
+        for command in (
+            ["check", *devices],
+            ["check", "--repair", *devices],
+            ["rescue", "--fast", devices[0], "--slow", devices[1], str(mount.log) + "-target"],
+        ):
+            result = run_pafkafs(*command)
+            assert result.returncode == 1
+            assert result.stderr.count("\n") == 1
+            assert "a Kafka broker" in result.stderr
+    mount.start()
+
+
 def test_missing_arguments_are_a_usage_error() -> None:
     result = run_pafkafs("mount", "/fast")
     assert result.returncode == 2

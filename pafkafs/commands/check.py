@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import click
 
-from pafkafs import deepreading, deviceset, serving
+from pafkafs import brokers, deepreading, deviceset, serving
 from pafkafs.checking import Finding, Totals, show
 from pafkafs.commands import completing
 from pafkafs.commands.bar import byte_bar
@@ -43,6 +43,8 @@ def check(
         raise PafkafsError(
             f"{fast} is in use by another pafkafs: nothing is repaired under a mount; unmount it"
         )
+    if not in_use:
+        brokers.refuse_running_on_tree(devices[0].fd, devices[0].member.path)
     if repair:
         _check_paths(devices)
     paths = [device.member.path for device in devices]

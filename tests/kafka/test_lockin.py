@@ -1,10 +1,11 @@
 """Leaving is possible at any time: the home tree is a Kafka log directory by itself."""
 
+import pytest
 from kafkarun import topics
 from kafkarun.polling import wait_until
 
 from kafka.cluster import Cluster
-from kafka.logdirs import LogDir
+from kafka.logdirs import LogDir, MountedDirectory
 
 SPILLING_RECORDS = 40 * 1024
 
@@ -25,6 +26,9 @@ def test_a_broker_runs_on_the_home_tree_and_the_next_mount_sees_what_it_did(
     broker.start()
     tidy.expect_exactly("kept", producer)
     tidy.expect_exactly("doomed", doomed)
+    if isinstance(logdir, MountedDirectory):
+        with pytest.raises(AssertionError, match=r"a Kafka broker .* stop it first"):
+            logdir.attach()
     producer.send(SPILLING_RECORDS // 4)
     producer.flush()
     broker.kill()  # recovery truncates the active segments' indexes, through the stubs
