@@ -22,6 +22,9 @@ _FILE = layout.LOOKING | os.O_NONBLOCK
 _OF_ONE_FILE = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.EUCLEAN, errno.ELOOP)
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
+# What is left of a device has one of these.
+_OF_A_DEVICE = (layout.OBJECTS, layout.TREE, layout.RECORD)
+
 
 @dataclass(frozen=True, slots=True)
 class _Object:
@@ -61,11 +64,19 @@ class _Work:
     notes: dict[str, str] = field(default_factory=dict)
 
 
-def open_sources(paths: Sequence[str]) -> list[int]:
-    """Opens and locks the devices; PafkafsError when one is in use."""
+def open_sources(fast: Sequence[str], slow: Sequence[str]) -> list[int]:
+    """Opens and locks the devices; PafkafsError when one is in use, or not what it is given as."""
+    paths = [*fast, *slow]
     fds = [deviceset.open_device(path, "given") for path in paths]
     for path, fd in zip(paths, fds, strict=True):
+        if not any(layout.exists(name, fd) for name in _OF_A_DEVICE):
+            raise PafkafsError(f"{path} is no device of pafkafs: it has no {layout.OBJECTS}/")
         brokers.refuse_running_on_tree(fd, path)
+    if fast and not layout.exists(layout.TREE, fds[0]):
+        raise PafkafsError(
+            f"{fast[0]} has no home tree: it is not the first fast device; without that one give "
+            "all other devices as --slow"
+        )
     return fds
 
 
@@ -156,13 +167,7 @@ class Rescue:
     # -- with the home tree -------------------------------------------------------------------
 
     def _by_names(self, path: str, fd: int) -> None:
-        try:
-            tree_fd = os.open(layout.TREE, DIRECTORY, dir_fd=fd)
-        except FileNotFoundError:
-            raise PafkafsError(
-                f"{path} has no home tree: it is not the first fast device; without that one give "
-                "all other devices as --slow"
-            ) from None
+        tree_fd = os.open(layout.TREE, DIRECTORY, dir_fd=fd)
         shadows_fd = _open_if_there(fd, layout.SHADOWS)
         slots = self._read_slots(path, fd)
         by_id: dict[bytes, list[_Object]] = {}

@@ -482,3 +482,13 @@ def test_fast_device_without_a_home_tree_is_refused(mount: Mount, tmp_path: Path
     result = run_pafkafs("rescue", "--fast", str(mount.slow), str(tmp_path / "target"))
     assert result.returncode == 1
     assert "--slow" in result.stderr
+    assert not (tmp_path / "target").exists()
+
+
+def test_directory_that_is_no_device_is_refused(mount: Mount, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    for option, wrong in (("--slow", mount.slow / "objects"), ("--fast", tmp_path)):
+        result = run_pafkafs("rescue", option, str(wrong), str(target))
+        assert result.returncode == 1
+        assert result.stderr == f"pafkafs: {wrong} is no device of pafkafs: it has no objects/\n"
+        assert not target.exists()

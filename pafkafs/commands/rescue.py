@@ -47,7 +47,7 @@ def rescue(fast: str | None, slow: str | None, as_json: bool, target: str) -> in
     if not fast_paths and not slow_paths:
         raise UsageError("no device was given; give --fast, --slow or both")
     paths = [*fast_paths, *slow_paths]
-    fds = rescuing.open_sources(paths)
+    fds = rescuing.open_sources(fast_paths, slow_paths)
     target_fd = rescuing.make_target(target, paths)
     devices = list(zip(paths, fds, strict=True))
     count = len(fast_paths)
