@@ -15,7 +15,8 @@ import trio
 
 from pafkafs.attributes import Changes
 from pafkafs.device import Device
-from pafkafs.namespace import Caller, Namespace
+from pafkafs.making import Caller
+from pafkafs.namespace import Namespace
 from pafkafs.nodes import Attributes, Node
 
 log = logging.getLogger(__name__)

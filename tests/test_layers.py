@@ -20,6 +20,7 @@ LAYERS = [
     {"status", "recovery", "garbage", "spilling", "migration"},
     {"moving", "reading"},
     {"namespace"},
+    {"making"},
     {"tree"},
     {"survey"},
     {"growing"},

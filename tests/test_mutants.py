@@ -159,7 +159,7 @@ MUTANTS = (
     ),
     Mutant(
         "entries not fsynced in power mode",
-        "pafkafs/namespace.py",
+        "pafkafs/making.py",
         "                await self.sync_directory(parent)\n",
         "                pass\n",
         (NAMES,),

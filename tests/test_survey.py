@@ -20,7 +20,8 @@ from pafkafs.catalogue import Catalogue
 from pafkafs.device import Device, Home, open_device, open_home
 from pafkafs.files import OpenFiles
 from pafkafs.layout import make_stub, stub_text
-from pafkafs.namespace import RENAME_EXCHANGE, Caller, Namespace
+from pafkafs.making import Caller
+from pafkafs.namespace import RENAME_EXCHANGE, Namespace
 from pafkafs.nodes import Node, NodeTable
 from pafkafs.objects import ObjectUpkeep
 from pafkafs.policy import Rules
