@@ -28,6 +28,7 @@ from bench.targets import Target
 
 LOAD = loadgen.Load(4, 16, rate_mib_per_s=5)
 SEGMENT_MIB = 64
+_POLL_S = 0.2  # moves by policy are asked about by nobody
 _QUANTILES = ("p50", "p99", "p999")
 METRICS = [f"{what}_{q}_us" for what in ("append", "tail_read") for q in _QUANTILES]
 KAFKA_METRICS = [f"{q}_ms" for q in _QUANTILES]
@@ -72,7 +73,7 @@ class Moving:
             for path in self._paths:
                 if ending.is_set():
                     return
-                migrate(self._mountpoint, path, tier)
+                migrate(self._mountpoint, path, tier, _POLL_S)
                 self.moved_mib += SEGMENT_MIB
 
 

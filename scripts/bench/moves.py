@@ -54,14 +54,15 @@ def write(path: Path, mib: int, *, sync: bool) -> float:
     return time.monotonic() - began
 
 
-def migrate(mountpoint: Path, path: Path, tier: str) -> None:
-    """As `pafkafs migrate --wait` does it, without the time that takes to start."""
+def migrate(mountpoint: Path, path: Path, tier: str, poll_s: float = POLL_S) -> None:
+    """As `pafkafs migrate --wait` does it, without the time that takes to start.  poll_s: to ask
+    often is a load, too."""
     where, relative = str(mountpoint), str(path.relative_to(mountpoint))
     number = control.ask(where, "migrate", path=relative, to=tier)
     while (job := control.ask(where, "job", job=number))["state"] not in ("done", "there"):
         if job["state"] == "failed":
             sys.exit(f"bench: {path} was not moved: {job['error']}")
-        time.sleep(POLL_S)
+        time.sleep(poll_s)
 
 
 def read_cold(path: Path) -> float:
