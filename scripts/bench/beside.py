@@ -3,20 +3,23 @@
     scripts/bench/beside [--kafka] [--fast DIR] [--slow DIR] [--seconds N] [--repeats N] [--mib N]
                          [--migrate-rate RATE]
 
-Each round loads the fast tier at a fixed rate twice: with nothing else to do, and with segments on
-their way to the slow tier all the time (and back, once all are there); who begins changes from
-round to round.
+Each round loads the fast tier at a fixed rate three times: with nothing else to do; while a process
+of its own copies as much from the fast device to the slow one, at nice 19 and past the page cache,
+which is what any mover costs on this machine; and with segments on their way to the slow tier all
+the time (and back, once all are there).  Who begins changes from round to round.
 """
 
 import argparse
 import itertools
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 from kafkarun.distribution import default_cache, fetch
@@ -25,6 +28,7 @@ from bench import kafkaperf, loadgen
 from bench.appends import tmpfs
 from bench.moves import MIB, migrate, pafkafs, status, write
 from bench.targets import Target
+from pafkafs.units import parse_size
 
 LOAD = loadgen.Load(4, 16, rate_mib_per_s=5)
 SEGMENT_MIB = 64
@@ -34,8 +38,27 @@ METRICS = [f"{what}_{q}_us" for what in ("append", "tail_read") for q in _QUANTI
 KAFKA_METRICS = [f"{q}_ms" for q in _QUANTILES]
 KAFKA_WARMUP_S = 5
 
+WAYS = ("idle", "copying", "moving")
+
 Measure = Callable[[], dict[str, float]]
-Round = dict[str, list[float]]  # metric: [idle, moving]
+Round = dict[str, dict[str, float]]  # by way and metric
+
+
+class Copying:
+    """A plain copy of a file, over and over, while `on`."""
+
+    def __init__(self, source: Path, target: Path, bytes_per_s: int) -> None:
+        """bytes_per_s: 0 is no bound."""
+        self._command = ["nice", "-n", "19", sys.executable, "-m", "bench.plaincopy"]
+        self._arguments = [str(source), str(target), str(bytes_per_s)]
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        with subprocess.Popen([*self._command, *self._arguments]) as process:
+            try:
+                yield
+            finally:
+                process.terminate()
 
 
 class Moving:
@@ -94,20 +117,27 @@ def main() -> None:
         home = tmpfs(stack) if fast is None else Path(stack.enter_context(fast))
         mountpoint = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         rate = ("--migrate-rate", asked.migrate_rate)
-        pafkafs("mount", "--threshold", "-1", *rate, str(home), str(slow), str(mountpoint))
+        devices = [home / "device", slow / "device"]
+        for device in devices:
+            device.mkdir()
+        pafkafs("mount", "--threshold", "-1", *rate, *map(str, devices), str(mountpoint))
         stack.callback(pafkafs, "umount", str(mountpoint))
         target = Target("pafkafs", mountpoint, int(status(mountpoint)["pid"]), "", "")
         moving = Moving(mountpoint, asked.mib)
+        source = home / "plain"
+        write(source, SEGMENT_MIB, sync=False)
+        copying = Copying(source, slow / "plain", parse_size(asked.migrate_rate))
         if asked.kafka:
             metrics, name = KAFKA_METRICS, kafkaperf.PACED_NAME
             measure = with_kafka(stack, target, asked.seconds)
         else:
             metrics, name = METRICS, LOAD.name
             measure = with_loadgen(target, asked.seconds)
-        rounds = [one_round(measure, metrics, moving, n) for n in range(asked.repeats)]
+        beside = {"idle": nullcontext, "copying": copying.on, "moving": moving.on}
+        rounds = [one_round(measure, beside, n) for n in range(asked.repeats)]
         moved = moving.moved_mib * MIB / 1e6 / moving.seconds
         print(f"{name}; medians of {len(rounds)} rounds; {os.cpu_count()} processors")
-        report(rounds, status(mountpoint)["migration"]["cut_over_max_s"], moved)
+        report(metrics, rounds, status(mountpoint)["migration"]["cut_over_max_s"], moved)
 
 
 def with_loadgen(target: Target, seconds: float) -> Measure:
@@ -126,29 +156,35 @@ def with_kafka(stack: ExitStack, target: Target, seconds: float) -> Measure:
     return lambda: kafkaperf.measure_latency(station, f"paced-{next(numbers)}", volume)
 
 
-def one_round(measure: Measure, metrics: Sequence[str], moving: Moving, number: int) -> Round:
-    """Each metric, idle and while segments move."""
-    found: dict[str, dict[str, float]] = {}
-    for way in ("idle", "moving") if number % 2 == 0 else ("moving", "idle"):
-        if way == "idle":
+def one_round(
+    measure: Measure, beside: dict[str, Callable[[], AbstractContextManager[None]]], number: int
+) -> Round:
+    found: Round = {}
+    for turn in range(len(WAYS)):
+        way = WAYS[(number + turn) % len(WAYS)]
+        with beside[way]():
             found[way] = measure()
-        else:
-            with moving.on():
-                found[way] = measure()
-    return {metric: [found["idle"][metric], found["moving"][metric]] for metric in metrics}
+    return found
 
 
-def report(rounds: list[Round], cut_over_s: float, moved_mb_per_s: float) -> None:
-    print(f"{'':20}{'idle':>10}{'moving':>10}{'ratio':>8}  (smallest..largest)")
-    for metric in rounds[0]:
-        idle, moving = zip(*(r[metric] for r in rounds), strict=True)
-        ratios = [m / i for i, m in zip(idle, moving, strict=True)]
+def report(
+    metrics: Sequence[str], rounds: list[Round], cut_over_s: float, moved_mb_per_s: float
+) -> None:
+    """Medians, and the medians of the ratios to idle, with the smallest and the largest."""
+    print(f"{'':20}{'idle':>8}{'copying':>9}{'moving':>8}   {'ratios to idle':>20}")
+    for metric in metrics:
+        medians = [statistics.median(r[way][metric] for r in rounds) for way in WAYS]
+        ratios = [spread([r[way][metric] / r["idle"][metric] for r in rounds]) for way in WAYS[1:]]
         print(
-            f"{metric:20}{statistics.median(idle):10.0f}{statistics.median(moving):10.0f}"
-            f"{statistics.median(ratios):8.2f}  ({min(ratios):.2f}..{max(ratios):.2f})"
+            f"{metric:20}{medians[0]:8.0f}{medians[1]:9.0f}{medians[2]:8.0f}"
+            f"   copying {ratios[0]}, moving {ratios[1]}"
         )
     print(f"moved meanwhile, MB/s     {moved_mb_per_s:.0f}")
     print(f"longest cut-over, ms      {cut_over_s * 1000:.1f}")
+
+
+def spread(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})"
 
 
 if __name__ == "__main__":
