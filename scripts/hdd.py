@@ -11,11 +11,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-_CGROUPS = Path("/sys/fs/cgroup/blkio")
+_CGROUPS = Path("/sys/fs/cgroup")
+_BLKIO = _CGROUPS / "blkio"
 _SIZE = re.compile(r"(\d+)(|k|m|g|t)(|b|ib)", re.IGNORECASE)
 # Nothing is left to the kernel to write later: it would take its share of the rate.
 _MKFS = "mkfs.ext4 -q -F -m 0 -E nodiscard,lazy_itable_init=0,lazy_journal_init=0"
@@ -73,6 +74,7 @@ def hdd(
     """The disk, mounted at the directory."""
     _check(directory)
     with ExitStack() as stack:
+        throttle = _throttle_v1 if _files("write_bps_device") else stack.enter_context(_group())
         image = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=image_in))) / "hdd"
         with image.open("wb") as file:
             file.truncate(size_bytes)
@@ -81,8 +83,8 @@ def hdd(
         stack.callback(_run, "losetup", "--detach", loop)
         _run("mount", loop, str(directory))
         stack.callback(_unmount, directory)
-        _throttle(loop, rate_bytes_per_s, iops)
-        stack.callback(_throttle, loop, 0, 0)  # first of all: what is dirty goes fast
+        throttle(loop, rate_bytes_per_s, iops)
+        stack.callback(throttle, loop, 0, 0)  # first of all: what is dirty goes fast
         yield directory
 
 
@@ -91,11 +93,9 @@ def _check(directory: Path) -> None:
         raise HddError("run as root: it mounts a filesystem and sets limits")
     if not directory.is_dir() or any(directory.iterdir()):
         raise HddError(f"{directory} is no empty directory; make one: mkdir {directory}")
-    if not _files("write_bps_device"):
-        raise HddError(
-            "no blkio controller of cgroup v1, which throttles here; where the kernel has it: "
-            f"mkdir -p {_CGROUPS} && mount -t cgroup -o blkio cgroup {_CGROUPS}"
-        )
+
+
+# -- cgroup v1 ------------------------------------------------------------------------------------
 
 
 def _files(limit: str) -> list[Path]:
@@ -103,18 +103,69 @@ def _files(limit: str) -> list[Path]:
     of our own group, since groups do not inherit it."""
     lines = Path("/proc/self/cgroup").read_text().splitlines()
     own = [line.split(":", 2)[2] for line in lines if "blkio" in line.split(":", 2)[1].split(",")]
-    names = {_CGROUPS / group.lstrip("/") / f"blkio.throttle.{limit}" for group in ["/", *own]}
+    names = {_BLKIO / group.lstrip("/") / f"blkio.throttle.{limit}" for group in ["/", *own]}
     return sorted(path for path in names if path.exists())
 
 
-def _throttle(loop: str, rate_bytes_per_s: int, iops: int) -> None:
+def _throttle_v1(loop: str, rate_bytes_per_s: int, iops: int) -> None:
     """0 is no bound."""
-    number = os.stat(loop).st_rdev
-    device = f"{os.major(number)}:{os.minor(number)}"
     for way in ("read", "write"):
         for limit, value in ((f"{way}_bps_device", rate_bytes_per_s), (f"{way}_iops_device", iops)):
             for path in _files(limit):
-                path.write_text(f"{device} {value}\n")
+                path.write_text(f"{_number(loop)} {value}\n")
+
+
+def _number(loop: str) -> str:
+    number = os.stat(loop).st_rdev
+    return f"{os.major(number)}:{os.minor(number)}"
+
+
+# -- cgroup v2 ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _group() -> Iterator[Callable[[str, int, int], None]]:
+    """A group of its own for this process, and what it starts: the root group has no limits.  Gives
+    what sets the limits of a device there."""
+    line = next((x for x in _lines("/proc/self/cgroup") if x.startswith("0::")), "")
+    own = _CGROUPS / line.removeprefix("0::").lstrip("/")
+    group = _CGROUPS / f"pafkafs-hdd-{os.getpid()}"
+    try:
+        # With memory, what is written back counts for the group that wrote it.
+        (_CGROUPS / "cgroup.subtree_control").write_text("+io +memory")
+        group.mkdir()
+    except OSError as error:
+        raise HddError(
+            "no blkio controller of cgroup v1 and no io controller of v2, which throttle here; "
+            f"where the kernel has one: mkdir -p {_BLKIO} && mount -t cgroup -o blkio cgroup "
+            f"{_BLKIO}, or mount -t cgroup2 cgroup2 {_CGROUPS} ({error.strerror})"
+        ) from error
+    try:
+        _move(os.getpid(), group)
+
+        def throttle(loop: str, rate_bytes_per_s: int, iops: int) -> None:
+            rate, requests = rate_bytes_per_s or "max", iops or "max"
+            limits = f"rbps={rate} wbps={rate} riops={requests} wiops={requests}"
+            (group / "io.max").write_text(f"{_number(loop)} {limits}")
+
+        yield throttle
+    finally:
+        while pids := _lines(group / "cgroup.procs"):
+            for pid in pids:
+                _move(int(pid), own)
+        group.rmdir()
+
+
+def _move(pid: int, group: Path) -> None:
+    with suppress(ProcessLookupError):  # it has ended
+        (group / "cgroup.procs").write_text(str(pid))
+
+
+def _lines(path: str | Path) -> list[str]:
+    return Path(path).read_text().splitlines()
+
+
+# -------------------------------------------------------------------------------------------------
 
 
 def _unmount(directory: Path) -> None:

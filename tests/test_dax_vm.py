@@ -1,5 +1,6 @@
 """The VM with persistent memory: what runs in it, and what a power cut leaves."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -167,3 +168,32 @@ def test_what_cannot_be_done_is_said_in_a_line(
     assert result.returncode == status
     assert complaint in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
+
+
+# A disk of 10 MB/s, where the kernel has its limits in cgroup v2 alone.
+DISK = f"""
+set -eu
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+mkdir /tmp/disk
+{DAX_VM.with_name("hdd")} /tmp/disk --rate 10MB --size 128MiB --image-in /pmem -- sh -c '
+    grep -q hdd /proc/self/cgroup
+    dd if=/dev/zero of=/tmp/disk/file bs=1M count=40 conv=fsync 2>&1
+    echo 3 > /proc/sys/vm/drop_caches
+    dd if=/tmp/disk/file of=/dev/null bs=1M 2>&1'
+cat /proc/self/cgroup
+ls -d /sys/fs/cgroup/*hdd* || true
+"""
+
+
+def test_hard_disk_is_throttled_by_cgroup_v2() -> None:
+    done = subprocess.run(
+        [DAX_VM, "sh", "-c", DISK], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rates = [
+        float(bytes_) / float(seconds)
+        for bytes_, seconds in re.findall(r"(\d+) bytes .* copied, ([\d.]+) s", done.stdout)
+    ]
+    assert len(rates) == 2
+    assert max(rates) < 12e6, rates
+    assert done.stdout.endswith("\n0::/\n"), done.stdout
