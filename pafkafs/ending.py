@@ -94,10 +94,13 @@ class Ending:
 
     async def _sync_file(self, file: OpenFile) -> bool:
         """Whether it is durable; not so when an fsync failed before, and nobody was told."""
+        if file.node.file is not file:
+            return True  # closed while others were synced
         try:
-            await file.seal()
-            await file.sync()
+            async with self._files.used(file):
+                await file.seal()
+                await file.sync()
+                return not file.native.error_unseen
         except OSError as error:
             file.device.failed(f"fsync at unmount: {error.strerror}")
             return False
-        return not file.native.error_unseen

@@ -94,13 +94,23 @@ def fail(scene: Scene, operation: Operation, fault: Fault, which: int) -> str | 
         scene.check_soon()
     scene.probe()
     scene.release()
-    scene.stop()
+    stop(scene)
     scene.start()
     scene.check()
     scene.check_tree()
     scene.expect_tidy()
     scene.expect_no_traceback()
     return hit
+
+
+def stop(scene: Scene) -> None:
+    """umount is the last one who can be told of an error, if nobody asked until now."""
+    try:
+        scene.stop()
+    except AssertionError as error:
+        log = scene.mount.log_text()
+        if "could not be synced" not in str(error) or "ERROR pafkafs.device: " not in log:
+            raise AssertionError(f"{error}{log}") from error
 
 
 def expect_told(scene: Scene, fault: Fault, hit: str, error: OSError | None) -> None:

@@ -14,6 +14,7 @@ from pafkafs.errors import PafkafsError
 
 # The daemon syncs for at most a minute, twice.
 _DAEMON_PATIENCE_S = 150.0
+_END_PATIENCE_S = 10.0
 
 
 @click.command()
@@ -46,7 +47,8 @@ def unmount(where: str, *, lazy: bool) -> None:
             else:
                 _detach(where, lazy=False)
             unsynced = _unsynced(answer, pid)
-        select.select([watch], [], [], _DAEMON_PATIENCE_S)  # then the devices are free
+        # Then the devices are free; but one that hangs holds the daemon.
+        select.select([watch], [], [], _END_PATIENCE_S)
     finally:
         os.close(watch)
     if unsynced:
