@@ -3,67 +3,82 @@
 import fcntl
 import os
 import struct
+from collections.abc import Iterable, Sequence
 
-from pafkafs import kafka, layout
+from pafkafs import _native, layout
 from pafkafs.errors import PafkafsError
 
-_LOCK = ".lock"
+_LOCK = b".lock"
 _FLOCK = struct.Struct("@hhqqi")  # struct flock of 64-bit Linux
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 def refuse_running(log_dir: str) -> None:
     """PafkafsError when a broker uses this log directory."""
     fd = os.open(log_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        _refuse(fd, log_dir)
+        _refuse(fd, _LOCK, (), log_dir)
     finally:
         os.close(fd)
 
 
-def refuse_running_on_tree(device_fd: int, path: str) -> None:
+def refuse_running_on_tree(home_fd: int, path: str, device_fds: Sequence[int]) -> None:
     """PafkafsError when a broker runs on the home tree of a device itself: what it changes there
-    must not be changed by us, too.  Its log directory is the tree, or right below it."""
+    must not be changed by us, too.  Its log directory is the tree, or right below it.
+
+    device_fds are the devices on which its lock may be, if that does not lie in the tree.
+    """
     try:
-        tree_fd = os.open(layout.TREE, _DIRECTORY, dir_fd=device_fd)
+        tree_fd = os.open(layout.TREE, _DIRECTORY, dir_fd=home_fd)
     except OSError:
         return  # a new device; or what is wrong is told by who needs it
     tree = os.path.join(path, layout.TREE)
     try:
-        _refuse(tree_fd, tree)
-        for name in os.listdir(tree_fd):
-            if kafka.parse_directory(name) is None:
-                _refuse_below(tree_fd, name, os.path.join(tree, name))
+        _refuse(tree_fd, _LOCK, device_fds, tree)
+        for name in _names(tree_fd):
+            lock = os.path.join(name, _LOCK)
+            _refuse(tree_fd, lock, device_fds, os.path.join(tree, os.fsdecode(name)))
     finally:
         os.close(tree_fd)
 
 
-def _refuse_below(tree_fd: int, name: str, path: str) -> None:
+def _names(tree_fd: int) -> Iterable[bytes]:
     try:
-        fd = os.open(name, _DIRECTORY, dir_fd=tree_fd)
+        return map(os.fsencode, os.listdir(tree_fd))
     except OSError:
-        return  # no directory
-    try:
-        _refuse(fd, path)
-    finally:
-        os.close(fd)
+        return ()  # told by who reads it all
 
 
-def _refuse(log_dir_fd: int, path: str) -> None:
-    pid = _lock_holder(log_dir_fd)
-    if pid is not None:
-        raise PafkafsError(f"a Kafka broker (pid {pid}) is using {path}: stop it first")
-
-
-def _lock_holder(log_dir_fd: int) -> int | None:
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        fd = os.open(_LOCK, flags, dir_fd=log_dir_fd)
-    except OSError:
-        return None
+def _refuse(dir_fd: int, lock: bytes, device_fds: Sequence[int], log_dir: str) -> None:
+    fd = _open(dir_fd, lock, device_fds)
+    if fd is None:
+        return
     try:
         probe = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
         kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_GETLK, probe))
     finally:
         os.close(fd)
-    return None if kind == fcntl.F_UNLCK else pid
+    if kind != fcntl.F_UNLCK:
+        raise PafkafsError(f"a Kafka broker (pid {pid}) is using {log_dir}: stop it first")
+
+
+def _open(dir_fd: int, lock: bytes, device_fds: Sequence[int]) -> int | None:
+    """The file, or the object of a stub in its place; None when there is none."""
+    try:
+        return _native.open_beneath(dir_fd, lock, _OPEN)
+    except OSError:
+        pass  # most are no log directories
+    try:
+        text = os.readlink(lock, dir_fd=dir_fd)
+    except OSError:
+        return None
+    if not layout.looks_like_stub(text):
+        return None
+    object_ = os.path.join(os.fsencode(layout.OBJECTS), text.rpartition(b"/objects/")[2])
+    for device_fd in device_fds:
+        try:
+            return _native.open_beneath(device_fd, object_, _OPEN)
+        except OSError:
+            continue
+    return None

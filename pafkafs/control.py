@@ -98,6 +98,10 @@ def listen(mountpoint: str) -> socket.socket:
     return server
 
 
+# Who asked is not there any more, or is being told that it is known to wait.
+_GONE = (trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError)
+
+
 class End:
     """Who waits for the end of the mount, and is told how it ended."""
 
@@ -116,7 +120,7 @@ class End:
     async def tell(self, unsynced: Sequence[str]) -> None:
         """Names of the devices that may lack what was written."""
         for stream in tuple(self._waiting):
-            with trio.move_on_after(TIMEOUT_S), suppress(trio.BrokenResourceError):
+            with trio.move_on_after(TIMEOUT_S), suppress(*_GONE):
                 await _send(stream, {"ok": True, "result": list(unsynced)})
 
 

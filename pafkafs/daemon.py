@@ -27,7 +27,7 @@ from pafkafs.catalogue import Catalogue, Directory
 from pafkafs.config import MountOptions
 from pafkafs.copying import Pace
 from pafkafs.device import Device
-from pafkafs.ending import Ending
+from pafkafs.ending import Ending, NotSynced
 from pafkafs.errors import PafkafsError
 from pafkafs.files import OpenFile, OpenFiles
 from pafkafs.filesystem import Filesystem
@@ -111,7 +111,7 @@ class Mount:
                 log.info("stopped %s", self.options.mountpoint)
                 await end.tell(unsynced)
                 if unsynced:
-                    raise PafkafsError(f"not synced at the end: {', '.join(unsynced)}")
+                    raise NotSynced(f"not synced at the end: {', '.join(unsynced)}")
                 nursery.cancel_scope.cancel()
         finally:
             control.socket_path(self.options.mountpoint).unlink(missing_ok=True)

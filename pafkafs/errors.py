@@ -2,6 +2,7 @@
 
 EXIT_UNHEALTHY = 1
 EXIT_USAGE = 2
+EXIT_NOT_SYNCED = 3
 
 
 class PafkafsError(Exception):

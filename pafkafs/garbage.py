@@ -7,6 +7,7 @@ all objects, nothing is touched: then something else is wrong.
 
 import logging
 import os
+import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,11 +80,19 @@ def _objects(device: Device) -> tuple[list[bytes], list[bytes]]:
     """Paths below objects/, and directories in which a crash left nothing."""
     paths: list[bytes] = []
     empty: list[bytes] = []
-    for directory, directories, names, _ in os.fwalk(b".", dir_fd=device.objects_fd):
+    for directory, directories, names, fd in os.fwalk(b".", dir_fd=device.objects_fd):
+        names += [name for name in directories if _is_link(name, fd)]  # planted
         paths.extend(os.path.normpath(os.path.join(directory, name)) for name in names)
         if not directories and not names and directory != b".":
             empty.append(os.path.normpath(directory))
     return paths, empty
+
+
+def _is_link(name: bytes, dir_fd: int) -> bool:
+    try:
+        return stat.S_ISLNK(os.stat(name, dir_fd=dir_fd, follow_symlinks=False).st_mode)
+    except FileNotFoundError:
+        return False  # a directory that was empty
 
 
 def _object_id(path: bytes) -> str:

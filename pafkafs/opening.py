@@ -55,7 +55,8 @@ def _open_devices(
     options: MountOptions,
 ) -> tuple[list[Device], Home, dict[str, tuple[bytes, ...]], str]:
     members = deviceset.assemble(options.tiers)
-    brokers.refuse_running_on_tree(members[0].fd, members[0].member.path)
+    fds = [member.fd for member in members]
+    brokers.refuse_running_on_tree(fds[0], members[0].member.path, fds)
     kinds = [device_kind(member.fd, member.member.path) for member in members]
     durability = options.durability or ("power" if kinds[0] == "dax" else "process")
     devices = [

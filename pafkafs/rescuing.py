@@ -71,7 +71,7 @@ def open_sources(fast: Sequence[str], slow: Sequence[str]) -> list[int]:
     for path, fd in zip(paths, fds, strict=True):
         if not any(layout.exists(name, fd) for name in _OF_A_DEVICE):
             raise PafkafsError(f"{path} is no device of pafkafs: it has no {layout.OBJECTS}/")
-        brokers.refuse_running_on_tree(fd, path)
+        brokers.refuse_running_on_tree(fd, path, fds)
     if fast and not layout.exists(layout.TREE, fds[0]):
         raise PafkafsError(
             f"{fast[0]} has no home tree: it is not the first fast device; without that one give "

@@ -292,14 +292,18 @@ def test_bad_option_is_a_usage_error(make_mount: MakeMount, options: list[str], 
     assert "unexpected" not in result.stderr
 
 
-@pytest.mark.parametrize("log_dir", [".", "broker"])
-def test_home_tree_with_a_running_broker_is_refused(make_mount: MakeMount, log_dir: str) -> None:
+@pytest.mark.parametrize("mode", ["tiered", "slow"])
+@pytest.mark.parametrize("log_dir", [".", "broker", "broker-1"])
+def test_home_tree_with_a_running_broker_is_refused(
+    make_mount: MakeMount, log_dir: str, mode: str
+) -> None:
     """Not by mount alone: nobody else may read it while it changes, or change it, too."""
-    mount = make_mount().start()
+    mount = make_mount("--mode", mode).start()
     (mount.mountpoint / log_dir).mkdir(exist_ok=True)
-    (mount.mountpoint / log_dir / ".lock").touch()
+    (mount.mountpoint / log_dir / ".lock").write_bytes(b"")
     (mount.mountpoint / "topic-0").mkdir()
     mount.stop()
+    assert (mount.tree / log_dir / ".lock").is_symlink() == (mode == "slow")
     devices = [str(mount.fast), str(mount.slow)]
     with open(mount.tree / log_dir / ".lock", "r+b") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)

@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 from conftest import MakeMount
 from faults import Action, Faults, Kind
-from filetools import cut_off
+from filetools import Background, cut_off
 from harness import PAFKAFS, Mount, is_mounted, is_running, run_pafkafs, wait_until
+
+from pafkafs import control
+from pafkafs.commands.umount import unmount
 
 
 @contextmanager
@@ -120,21 +123,68 @@ def mounted(mount: Mount, faults: Faults) -> Mount:
     return mount
 
 
-@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("kind", ["fsync", "syncfs"])
 def test_umount_names_the_device_that_could_not_be_synced_and_exits_1(
-    make_mount: MakeMount, faults: Faults, call: int
+    make_mount: MakeMount, faults: Faults, kind: str
 ) -> None:
     """Of a file on it that is open still, or of all of it."""
     mount = mounted(make_mount("--mode", "slow"), faults)
     with cut_off(mount.mountpoint / f"{0:020}.log") as stream:
         stream.write(b"record")
-        faults.arm(mount.slow, Action.FAIL, call, errno.EIO, Kind.SYNC)
+        faults.arm(mount.slow, Action.FAIL, 1 if kind == "fsync" else 3, errno.EIO, Kind.SYNC)
         result = run_pafkafs("umount", "--lazy", str(mount.mountpoint))
+    assert faults.hit is not None
+    assert faults.hit.startswith(kind)
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1, result.stderr
     assert str(mount.slow) in result.stderr
     assert str(mount.fast) not in result.stderr
     assert not is_mounted(mount.mountpoint)
+
+
+def test_umount_waits_for_a_file_that_is_closed_while_it_is_synced(
+    make_mount: MakeMount, faults: Faults
+) -> None:
+    mount = mounted(make_mount("--mode", "slow"), faults)
+    faults.arm(mount.slow, Action.HANG, 1, kinds=Kind.SYNC)
+    (mount.mountpoint / f"{0:020}.log").write_bytes(b"record")
+    wait_until(lambda: faults.hit, "the fsync in the background")
+    ending = Background(lambda: mount.stop())
+    wait_until(lambda: "the devices are synced" in mount.log_text(), "the end of requests")
+    faults.disarm()
+    ending.join()
+    assert f"{mount.slow} was not synced" not in mount.log_text()
+
+
+def test_removed_file_and_one_without_its_object_do_not_count_as_unsynced(
+    make_mount: MakeMount, faults: Faults
+) -> None:
+    mount = mounted(make_mount("--mode", "slow"), faults)
+    gone, missing = (mount.mountpoint / f"{number:020}.log" for number in range(2))
+    missing.write_bytes(b"record")
+    mount.stop()
+    (object_,) = mount.objects
+    object_.unlink()
+    mounted(mount, faults)
+    os.utime(missing, (1, 1))
+    with cut_off(gone) as stream:
+        stream.write(b"record")
+        gone.unlink()
+        faults.arm(mount.slow, Action.FAIL, 1, errno.EIO, Kind.SYNC)
+        result = run_pafkafs("umount", "--lazy", str(mount.mountpoint))
+    assert faults.hit is None or faults.hit.startswith("syncfs")
+    assert (result.returncode == 0) == (faults.hit is None), result.stderr
+
+
+def test_mount_whose_daemon_does_not_know_who_waits_for_its_end_is_unmounted(
+    make_mount: MakeMount, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of an earlier version."""
+    mount = make_mount().start()
+    pid = mount.pid
+    monkeypatch.setattr(control, "AWAIT_END", "what comes later")
+    unmount(str(mount.mountpoint), lazy=False)
+    assert not is_running(pid)
 
 
 def test_umount_names_the_device_of_a_closed_file_whose_fsync_failed(
@@ -163,7 +213,7 @@ def test_umount_says_that_the_daemon_died_before_all_was_synced(
     assert "has not told that all is synced" in result.stderr
 
 
-def test_foreground_exits_1_when_a_device_could_not_be_synced(
+def test_foreground_exits_3_when_a_device_could_not_be_synced(
     make_mount: MakeMount, faults: Faults
 ) -> None:
     mount = make_mount("--mode", "slow")
@@ -174,7 +224,7 @@ def test_foreground_exits_1_when_a_device_could_not_be_synced(
         faults.arm(mount.slow, Action.FAIL, 1, errno.EIO, Kind.SYNC)
         daemon.terminate()
         _, errors = daemon.communicate(timeout=30)
-    assert daemon.returncode == 1
+    assert daemon.returncode == 3
     assert f"pafkafs: not synced at the end: {mount.slow}" in errors
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from filetools import Background, frozen, is_stopped_by_a_freeze, opened
-from harness import Mount, is_mounted, is_running, loop_filesystem, wait_until
+from harness import Mount, is_mounted, is_running, loop_filesystem, run_pafkafs, wait_until
 
 from pafkafs import control
 
@@ -161,7 +161,7 @@ def expect_removed_and_changed(mount: Mount) -> None:
     wait_until(lambda: modes(mount).count(0o600) == 10, "the modes")
 
 
-NOT_SYNCED = 1  # what the hanging device holds, and it alone
+NOT_SYNCED = 3  # what the hanging device holds, and it alone
 NAMES = [str(number) for number in range(48)]
 HUNG, REMOVED, CHANGED = slice(0, 8), slice(8, 38), slice(38, 48)
 
@@ -224,6 +224,17 @@ def test_sigterm_makes_the_fast_tier_durable_and_ends_the_daemon_though_a_device
     machine.restore_power()
     machine.start()
     assert fast.read_bytes() == b"fast" * 10_000
+
+
+def test_umount_names_the_device_that_hangs(machine: Machine) -> None:
+    mount = machine.mount
+    (slow,) = make_files(mount, "slow")
+    with standing_still(machine, append, [slow]) as thaw:
+        result = run_pafkafs("umount", "--lazy", str(mount.mountpoint))
+        thaw()
+        assert machine.exit_status() == NOT_SYNCED
+    assert result.returncode == 1
+    assert f"{mount.slow} could not be synced" in result.stderr
 
 
 def test_move_waits_for_a_write_that_the_device_holds_back(machine: Machine) -> None:

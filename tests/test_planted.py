@@ -154,7 +154,10 @@ def test_symlinks_among_what_is_to_be_removed_go_and_what_they_lead_to_stays(
         (mount.slow / "objects" / f"planted{number}").symlink_to(target)
     mount.start()
     wait_until(lambda: list((mount.fast / "tmp").iterdir()) == [], "tmp/ to be emptied")
-    mount.restart()
+    lost = mount.slow / "lost"
+    wait_until(lambda: len(list(lost.iterdir())) == 2, "them to be put aside")
+    assert all(path.is_symlink() for path in lost.iterdir())
+    mount.stop()
     assert untouched(victim)
     assert (directory / "file").read_bytes() == SECRET
 

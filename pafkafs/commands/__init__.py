@@ -79,7 +79,8 @@ def run(command: click.Command, arguments: list[str] | None = None) -> None:
         click.echo(f"pafkafs: {printable(str(error))}", err=True)
         sys.exit(error.exit_status)
     except OSError as error:
-        where = f": {os.fsdecode(error.filename)}" if error.filename is not None else ""
+        named = isinstance(error.filename, (str, bytes))  # else a descriptor
+        where = f": {os.fsdecode(error.filename)}" if named else ""
         click.echo(printable(f"pafkafs: {error.strerror or error}{where}"), err=True)
         sys.exit(1)
     except click.ClickException as error:

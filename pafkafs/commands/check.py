@@ -44,7 +44,8 @@ def check(
             f"{fast} is in use by another pafkafs: nothing is repaired under a mount; unmount it"
         )
     if not in_use:
-        brokers.refuse_running_on_tree(devices[0].fd, devices[0].member.path)
+        fds = [device.fd for device in devices]
+        brokers.refuse_running_on_tree(fds[0], devices[0].member.path, fds)
     if repair:
         _check_paths(devices)
     paths = [device.member.path for device in devices]
