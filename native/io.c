@@ -227,13 +227,13 @@ static int write_backing(struct io *io, const struct fuse_write_in *arg)
 	file_mark_changed(io->file, offset, offset + arg->size);
 	if (err < 0 || b->shadow_fd < 0)
 		return err;
+	err = object_sync_entries(b);
+	if (err < 0)
+		return sync_failed(-err);
 	err = object_touch_shadow(io->file, b, offset + arg->size, &grew);
 	if (err < 0 || !b->dev->power)
 		return err;
-	if (grew && fdatasync(b->shadow_fd) != 0)
-		return sync_failed(errno);
-	err = object_sync_entries(b);
-	return err < 0 ? sync_failed(-err) : 0;
+	return grew && fdatasync(b->shadow_fd) != 0 ? sync_failed(errno) : 0;
 }
 
 static enum io_result park_for(struct io *io, enum event_kind event)
@@ -504,8 +504,7 @@ static int sync_opened(struct backing *b, bool data_only)
 	}
 	if (b->shadow_fd >= 0 && fsync(b->shadow_fd) != 0)
 		return -errno;
-	if (b->object != NULL)
-		return object_sync_entries(b);
+	/* The entries of an object are durable since it has a length. */
 	return b->pmem != NULL && sizes_sync(b->dev->sizes) < 0 ? -EIO : 0;
 }
 
@@ -613,10 +612,13 @@ static int truncate_backing(struct file *file, struct backing *b, int64_t size)
 		return -errno;
 	file_mark_truncated(file, size);
 	file_settle(file, b, 0);
+	if (b->shadow_fd < 0)
+		return 0;
 	/* The object first: after a crash in between it wins. */
-	if (b->shadow_fd >= 0 && sys_truncate(b->shadow_fd, size) != 0)
-		return -errno;
-	return 0;
+	err = size > 0 ? object_sync_entries(b) : 0;
+	if (err == 0 && sys_truncate(b->shadow_fd, size) != 0)
+		err = -errno;
+	return err;
 }
 
 /* Freeing more than this takes its time. */
@@ -672,7 +674,8 @@ static int fallocate_backing(struct io *io, const struct fuse_fallocate_in *arg)
 		return 0;
 	int64_t end = arg->mode & FALLOC_FL_KEEP_SIZE ? 0
 						      : (int64_t)(arg->offset + arg->length);
-	return object_touch_shadow(io->file, b, end, &grew);
+	int err = object_sync_entries(b);
+	return err < 0 ? err : object_touch_shadow(io->file, b, end, &grew);
 }
 
 static enum io_result fallocate_(struct io *io)

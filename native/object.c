@@ -176,6 +176,8 @@ static int sync_dir(int objects_fd, const char *dir)
 
 int object_sync_entries(struct backing *b)
 {
+	if (!b->entries_dirty)
+		return 0;
 	pthread_mutex_lock(&b->open_lock);
 	char *dir = b->entries_dirty ? strdup(b->object) : NULL;
 	int err = b->entries_dirty && dir == NULL ? -ENOMEM : 0;

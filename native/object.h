@@ -16,7 +16,12 @@
 int object_open(struct file *file, struct backing *b);
 
 /* The object has grown to end, or was changed below it, just now: the shadow
- * learns of it.  *grew tells whether the size changed.  0 or -errno. */
+ * learns of it.  *grew tells whether the size changed.  0 or -errno.
+ *
+ * **Invariant:** the shadow, which is on another device, has a length only when
+ * the object's entries are durable: object_sync_entries goes first.  After a
+ * power cut a name may have lost data that nobody has fsynced, but not lead to
+ * nothing. */
 int object_touch_shadow(struct file *file, struct backing *b, int64_t end, bool *grew);
 
 /* The directory entries of a new object, up to objects/; 0 or -errno. */

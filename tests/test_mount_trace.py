@@ -70,7 +70,7 @@ def attached(pid: int, path: Path, *options: str) -> Iterator[None]:
 @contextmanager
 def traced(pid: int, path: Path) -> Iterator[Trace]:
     """The calls of a daemon that concern durability, each fsync taking its time."""
-    names = "fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat"
+    names = "fsync,fdatasync,ftruncate,rename,renameat,renameat2,unlink,unlinkat"
     delay = f"inject=fsync,fdatasync:delay_enter={FSYNC_S * 1e6:.0f}"
     trace = Trace(path)
     with attached(pid, path, "-e", f"trace={names}", "-e", delay):
@@ -269,7 +269,7 @@ def test_power_mode_makes_the_size_and_the_entries_of_an_object_durable_with_the
     assert not syncs(second, f"{mount.slow}/objects>")
 
 
-def test_fsync_of_a_demoted_file_covers_object_shadow_and_entries(
+def test_fsync_of_a_demoted_file_covers_object_and_shadow(
     make_mount: MakeMount, tmp_path: Path
 ) -> None:
     mount = make_mount("--mode", "slow").start()
@@ -281,8 +281,23 @@ def test_fsync_of_a_demoted_file_covers_object_shadow_and_entries(
             os.fsync(stream.fileno())
     assert syncs(trace, f"{mount.objects[0]}>")
     assert syncs(trace, f"{mount.fast}/shadows/")
-    assert syncs(trace, f"{mount.slow}/objects/orders-0>")
-    assert syncs(trace, f"{mount.slow}/objects>")
+
+
+def test_entries_of_a_new_object_are_durable_before_its_shadow_has_a_length(
+    make_mount: MakeMount, tmp_path: Path
+) -> None:
+    """The two lose power together, and one may have committed its journal and the other not."""
+    mount = make_mount("--mode", "slow").start()
+    directory = mount.mountpoint / "orders-0"
+    directory.mkdir()
+    with (
+        open(directory / f"{0:020}.log", "xb", buffering=0) as stream,
+        traced(mount.pid, tmp_path / "trace") as trace,
+    ):
+        stream.write(b"record")
+    (grown,) = trace.find("ftruncate", f"{mount.fast}/shadows/", ", 6)")
+    for where in (f"{mount.slow}/objects/orders-0>", f"{mount.slow}/objects>"):
+        assert any(call.returned < grown.began for call in syncs(trace, where)), where
 
 
 def test_object_of_a_removed_file_stays_when_the_removal_of_its_stub_cannot_be_made_durable(

@@ -29,7 +29,7 @@ REMOVAL_FAILS = (
 )
 RECORDS = f"{TRACE}records_of_new_devices_are_durable_in_the_order_in_which_a_set_is_formed"
 APPENDS = f"{TRACE}power_mode_makes_the_size_and_the_entries_of_an_object_durable_with_the_append"
-FSYNC = f"{TRACE}fsync_of_a_demoted_file_covers_object_shadow_and_entries"
+FSYNC = f"{TRACE}fsync_of_a_demoted_file_covers_object_and_shadow"
 DURING_MOVES = (
     f"{MOVES}writes_and_truncations_during_the_copy_are_in_the_result",
     f"{MOVES}appends_go_on_while_the_file_moves_back_and_forth",
@@ -195,16 +195,16 @@ MUTANTS = (
     Mutant(
         "size of a demoted file not durable in power mode",
         "native/io.c",
-        "	if (grew && fdatasync(b->shadow_fd) != 0)\n		return sync_failed(errno);\n",
-        "",
+        "	return grew && fdatasync(b->shadow_fd) != 0 ? sync_failed(errno) : 0;\n",
+        "	return 0;\n",
         (APPENDS,),
     ),
     Mutant(
-        "entries of an object not durable in power mode",
+        "entries of an object not durable before its shadow has a length",
         "native/io.c",
-        "	err = object_sync_entries(b);\n	return err < 0 ? sync_failed(-err) : 0;\n",
-        "	return 0;\n",
-        (APPENDS,),
+        "	err = object_sync_entries(b);\n	if (err < 0)\n		return sync_failed(-err);\n",
+        "",
+        (f"{TRACE}entries_of_a_new_object_are_durable_before_its_shadow_has_a_length",),
     ),
     Mutant(
         "fsync without the data",
@@ -218,13 +218,6 @@ MUTANTS = (
         "native/io.c",
         "	if (b->shadow_fd >= 0 && fsync(b->shadow_fd) != 0)\n		return -errno;\n",
         "",
-        (FSYNC,),
-    ),
-    Mutant(
-        "fsync without the entries of an object",
-        "native/io.c",
-        "	if (b->object != NULL)\n		return object_sync_entries(b);\n",
-        "	if (b->object != NULL)\n		return 0;\n",
         (FSYNC,),
     ),
     Mutant(
