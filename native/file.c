@@ -595,6 +595,14 @@ bool file_error_unseen(struct file *file)
 	return unseen;
 }
 
+bool file_sync_failed(struct file *file)
+{
+	pthread_mutex_lock(&file->lock);
+	bool failed = file->error_seq > 0;
+	pthread_mutex_unlock(&file->lock);
+	return failed;
+}
+
 int file_add_handle(struct file *file, uint64_t fh)
 {
 	struct handle *h = malloc(sizeof(*h));

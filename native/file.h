@@ -166,6 +166,9 @@ void file_synced(struct file *file, uint64_t seq, int error);
 
 /* A failed fsync that no handle has seen. */
 bool file_error_unseen(struct file *file);
+/* Whether an fsync of it has failed: the kernel calls clean what is not on the
+ * device. */
+bool file_sync_failed(struct file *file);
 /* A handle opened after a failed fsync that nobody has seen sees it too. */
 int file_add_handle(struct file *file, uint64_t fh);
 unsigned file_remove_handle(struct file *file, uint64_t fh); /* handles left */

@@ -346,6 +346,12 @@ static PyObject *get_error_unseen(FileObject *self, void *closure)
 	return opened(self) == NULL ? NULL : PyBool_FromLong(file_error_unseen(self->file));
 }
 
+static PyObject *get_sync_failed(FileObject *self, void *closure)
+{
+	(void)closure;
+	return opened(self) == NULL ? NULL : PyBool_FromLong(file_sync_failed(self->file));
+}
+
 static PyObject *get_unsynced(FileObject *self, void *closure)
 {
 	uint64_t seq;
@@ -406,6 +412,7 @@ static PyGetSetDef members[] = {
 	{"ahead_bytes", (getter)get_ahead, NULL, NULL, NULL},
 	{"growing", (getter)get_growing, NULL, NULL, NULL},
 	{"error_unseen", (getter)get_error_unseen, NULL, NULL, NULL},
+	{"sync_failed", (getter)get_sync_failed, NULL, NULL, NULL},
 	{"unsynced", (getter)get_unsynced, NULL, NULL, NULL},
 	{"nlink", (getter)get_nlink, (setter)set_nlink, NULL, NULL},
 	{NULL, NULL, NULL, NULL, NULL},

@@ -161,6 +161,7 @@ class OpenFiles:
         self._kernel_keeps_up = kernel.drops_pages_after_direct_write(os.uname().release)
         self.opened_objects: set[str] | None = set()  # since the mount; None: nobody asks
         self.unsynced_objects: set[str] = set()  # not open, with attributes to be fsynced
+        self._unsound: set[int] = set()  # keys of files, not open, whose fsync failed
         self._ending = False
 
     def __len__(self) -> int:
@@ -284,6 +285,15 @@ class OpenFiles:
         file.users -= 1
         self.close_if_unused(file)
 
+    def is_unsound(self, file: OpenFile) -> bool:
+        """Whether an fsync of it failed during this mount.  The next one would succeed, though what
+        is on the device is not what was written, and is still in the page cache."""
+        return file.native.sync_failed or file.node.key in self._unsound
+
+    def forget(self, key: int) -> None:
+        """The file is removed: another one may get its key."""
+        self._unsound.discard(key)
+
     def end(self) -> None:
         """All that can be synced was: no file is kept open for it any more.  An operation that is
         cancelled now would begin another one in its place, without end."""
@@ -304,6 +314,10 @@ class OpenFiles:
                 return
             if file.native.error_unseen:
                 return
+        if file.native.sync_failed:
+            self._unsound.add(file.node.key)
+        if file.node.gone is not None:
+            self.forget(file.node.key)
         self._open.discard(file)
         if self._growing:
             self._forget_growing(file)

@@ -105,7 +105,6 @@ class Mover:
         self.pace = pace
         self.running: list[Move] = []
         self._scopes: list[trio.CancelScope] = []
-        self._unsound: set[int] = set()  # keys of files whose fsync failed
         self._ending: trio.Event | None = None  # set when nothing moves any more
         self.totals = dict.fromkeys(DIRECTIONS, MoveTotals())
         self.degraded: str | None = None
@@ -149,8 +148,7 @@ class Mover:
         """
         if not self.may_move(file):
             raise OSError(errno.EMLINK, "a file with several names does not move")
-        if file.node.key in self._unsound:
-            raise SourceError(errno.EIO, "an fsync of it failed: what is on the device may be old")
+        self._check_sound(file)
         if file.moving and not gate_closed:
             raise OSError(errno.EBUSY, "it is being moved already")
         path = os.fsdecode(file.node.path())
@@ -290,14 +288,9 @@ class Mover:
             raise
 
     async def _sync_source(self, file: OpenFile, sync: Callable[[], Awaitable[None]]) -> None:
-        """**Invariant:** a file whose fsync has failed does not move while this mount lasts.  The
-        next fsync would succeed, and the copy be of what is on the device, not of what was
-        written and is still in the page cache."""
         try:
             await sync()
         except OSError as error:
-            if error.errno != errno.ETIMEDOUT:
-                self._unsound.add(file.node.key)
             raise SourceError(error.errno or errno.EIO, error.strerror or "") from error
 
     def _size(self, file: OpenFile) -> int:
@@ -413,7 +406,14 @@ class Mover:
             raise MountBroken("cannot re-point an open file") from error
         self._arrived(file, copy.target, why)
 
+    def _check_sound(self, file: OpenFile) -> None:
+        """**Invariant:** a file whose fsync has failed, whoever asked for it, does not move while
+        this mount lasts: the copy would be of what is on the device."""
+        if self._namespace.files.is_unsound(file):
+            raise SourceError(errno.EIO, "an fsync of it failed: what is on the device may be old")
+
     def _check_still_movable(self, file: OpenFile, why: str) -> None:
+        self._check_sound(file)
         if not self.may_move(file):
             raise OSError(errno.EMLINK, "it got a second link meanwhile")
         entry = self._namespace.entry(file.node)

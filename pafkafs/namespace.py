@@ -111,6 +111,8 @@ class Namespace(Making):
         else:
             device.files -= 1
         node.gone = before.status
+        if node.file is None:
+            self.files.forget(node.key)
         if node.stub is not None:
             self.upkeep.stub_removed(parent_fd)
         if node.file is not None:

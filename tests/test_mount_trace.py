@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 from conftest import MakeMount
 from filetools import MIB
 from harness import Mount, run_pafkafs, wait_until
@@ -321,15 +322,26 @@ def test_object_of_a_removed_file_stays_when_the_removal_of_its_stub_cannot_be_m
     wait_until(lambda: not mount.objects, "what has no stub to be put aside")
 
 
-def test_file_whose_fsync_failed_does_not_move(make_mount: MakeMount, tmp_path: Path) -> None:
+@pytest.mark.parametrize("whose", ["mover", "open caller", "caller"])
+def test_file_whose_fsync_failed_does_not_move(
+    make_mount: MakeMount, tmp_path: Path, whose: str
+) -> None:
     mount = make_mount("--threshold", "-1").start()
     path = sealed_segment(mount)
     source = mount.tree / "orders-0" / path.name
     failing = ("-P", str(source), "-e", "inject=fsync:error=EIO:when=1")
     migrate = ("migrate", "--wait", "--to", "slow", str(path))
-    with attached(mount.pid, tmp_path / "trace", *failing):
-        assert run_pafkafs(*migrate).returncode == 1
-    again = run_pafkafs(*migrate)
-    assert again.returncode == 1
-    assert "an fsync of it failed" in again.stderr
-    assert not source.is_symlink()
+    with path.open("r+b", buffering=0) as stream:
+        with attached(mount.pid, tmp_path / "trace", *failing):
+            if whose == "mover":
+                assert run_pafkafs(*migrate).returncode == 1
+            else:
+                stream.write(b"acked")
+                with pytest.raises(OSError, match="Input/output error"):
+                    os.fsync(stream.fileno())
+        if whose == "caller":
+            stream.close()
+        again = run_pafkafs(*migrate)
+        assert again.returncode == 1
+        assert "an fsync of it failed" in again.stderr
+        assert not source.is_symlink()
