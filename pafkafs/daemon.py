@@ -352,7 +352,11 @@ class Mount:
             return  # what was not seen must not be taken for garbage
         home = self.devices[0]
         try:
-            await home.run(lambda: garbage.collect_shadows(home, self.home, self._is_referenced))
+            await home.run(
+                lambda: garbage.collect_shadows(
+                    home, self.home, self._is_referenced, has_names=self._survey.files > 0
+                )
+            )
         except OSError as error:
             home.failed(f"cannot put shadows without a stub aside: {error.strerror}")
         async with trio.open_nursery() as nursery:
@@ -364,7 +368,11 @@ class Mount:
     async def _collect_garbage_on(self, device: Device) -> None:
         await self._reconciler.done[device.id].wait()
         try:
-            report = await device.run(lambda: garbage.collect(device, self._is_referenced))
+            report = await device.run(
+                lambda: garbage.collect(
+                    device, self._is_referenced, has_names=self._survey.files > 0
+                )
+            )
         except OSError as error:
             device.failed(f"cannot put objects without a stub aside: {error.strerror}")
             return

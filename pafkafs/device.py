@@ -61,6 +61,7 @@ class Device:
     errors: int = 0  # since the mount
     missing_objects: set[str] = field(default_factory=set)
     suspicious_objects: int = 0  # without a stub, and too many to be garbage
+    lost: int = 0  # what had no name at the mount, and was put aside then or before
     _jobs: dict[int, float] = field(default_factory=dict)  # when each of our own threads began
     _job_numbers: Iterator[int] = field(default_factory=itertools.count)
     _job_ended: float = 0.0
@@ -208,6 +209,7 @@ def open_device(member: SetDevice, capacity: int, *, power: bool, kind: str) -> 
 def open_home(device: Device) -> Home:
     """Opens the home tree of the first fast device; makes it if it is new."""
     try:
+        _refuse_lost_tree(device)
         tree_fd = layout.open_state_directory(device.fd, layout.TREE)
         shadows_fd = layout.open_state_directory(device.fd, layout.SHADOWS)
         tmp_fd = layout.open_state_directory(device.fd, layout.TMP)
@@ -219,3 +221,19 @@ def open_home(device: Device) -> Home:
         raise PafkafsError(
             f"cannot use the home tree on {os.fsdecode(device.path)}: {reason}"
         ) from error
+
+
+def _refuse_lost_tree(device: Device) -> None:
+    """A new home tree in the place of one that is lost would make garbage of all that moved."""
+    if layout.exists(layout.TREE, device.fd) or not layout.exists(layout.SHADOWS, device.fd):
+        return
+    shadows_fd = layout.open_state_directory(device.fd, layout.SHADOWS, create=False)
+    try:
+        count = len(os.listdir(shadows_fd))
+    finally:
+        os.close(shadows_fd)
+    if count:
+        raise PafkafsError(
+            f"{os.fsdecode(device.path)} has lost its {layout.TREE}/, with the names of {count} "
+            "files that moved: restore it, or see pafkafs rescue"
+        )

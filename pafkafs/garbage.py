@@ -41,16 +41,20 @@ def allowed(count: int) -> int:
     return max(COUNT_ALWAYS_ALLOWED, int(count * SHARE_MAX))
 
 
-def collect(device: Device, is_referenced: Callable[[str], bool]) -> GarbageReport:
+def collect(
+    device: Device, is_referenced: Callable[[str], bool], *, has_names: bool
+) -> GarbageReport:
     """Puts the unreferenced objects of a device aside.  May block.
 
     is_referenced tells whether a stub had this id before serving, or an object was made with it
     since: it is asked after the objects were listed, so none that is listed is too new for it.
+    has_names: the home tree has files at all; an empty one does not make garbage of all data, but
+    is a sign that it is not the one that was there.
     """
     _delete_old(device)
     found, empty = _objects(device)
     unreferenced = [path for path in found if not is_referenced(_object_id(path))]
-    if len(unreferenced) > allowed(len(found)):
+    if len(unreferenced) > (allowed(len(found)) if has_names else 0):
         log.error(
             "%s: %d of %d objects have no stub; nothing is removed",
             os.fsdecode(device.path),
@@ -62,14 +66,17 @@ def collect(device: Device, is_referenced: Callable[[str], bool]) -> GarbageRepo
         _put_aside(device, path)
     for directory in empty:
         layout.remove_empty(device.objects_fd, directory)
+    device.lost = len(os.listdir(device.lost_fd))
     return GarbageReport(len(found), len(unreferenced), len(unreferenced))
 
 
-def collect_shadows(device: Device, home: Home, is_referenced: Callable[[str], bool]) -> None:
+def collect_shadows(
+    device: Device, home: Home, is_referenced: Callable[[str], bool], *, has_names: bool
+) -> None:
     """The same for shadows."""
     found = os.listdir(home.shadows_fd)
     unreferenced = [name for name in found if not is_referenced(name)]
-    if len(unreferenced) > allowed(len(found)):
+    if len(unreferenced) > (allowed(len(found)) if has_names else 0):
         log.error("%d of %d shadows have no stub; none is removed", len(unreferenced), len(found))
         return
     for name in unreferenced:

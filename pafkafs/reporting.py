@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import trio
 
-from pafkafs import _native, growing, metrics, status
+from pafkafs import _native, growing, layout, metrics, status
 from pafkafs.config import MountOptions
 from pafkafs.device import Device
 from pafkafs.files import OpenFiles
@@ -173,6 +173,13 @@ def notes(devices: list[Device], durability: str, *, grows: bool) -> list[str]:
         found.append("durability power without DAX: each write is synchronous, and slow")
     if grows and devices[0].kind != "dax":
         found.append("--pmem on without DAX is for tests and measurements")
+    for device in devices:
+        if device.lost:
+            where = os.path.join(os.fsdecode(device.path), layout.LOST)
+            found.append(
+                f"{device.lost} files without a name were put aside to {where}; a mount removes "
+                "those of more than a week"
+            )
     return found
 
 

@@ -287,6 +287,7 @@ def test_file_with_a_refused_stub_is_listed_and_empty_and_can_be_renamed_and_rem
     assert mount.status()["problems"] == []
     directory.rmdir()
     assert os.listdir(mount.tree) == []
+    (mount.mountpoint / "another").touch()
     mount.restart()
     assert mount.status()["state"] == "healthy"
 
@@ -394,6 +395,7 @@ def test_what_was_done_to_the_tree_itself_is_seen_by_the_next_mount(
         os.truncate(direct, 100)
     else:
         direct.unlink()
+        direct.with_name("another").touch()
     mount.start()
     if change == "remove":
         assert not path.exists()
@@ -419,11 +421,45 @@ def test_many_objects_without_stubs_are_left_alone_and_reported(make_mount: Make
     assert len(mount.objects) == 100
 
 
+def test_objects_of_a_home_tree_that_is_empty_are_left_alone_and_reported(
+    make_mount: MakeMount,
+) -> None:
+    """As fsck, or a restore that went wrong, leaves it."""
+    mount = make_mount("--mode", "slow").start()
+    for number in range(20):
+        (mount.mountpoint / str(number)).write_bytes(b"x")
+    mount.stop()
+    mount.tree.rename(mount.fast / "tree.was")
+    result = mount.mount()
+    assert result.returncode == 1
+    assert "has lost its tree/, with the names of 20 files" in result.stderr
+    mount.tree.mkdir()
+    mount.start()
+    wait_until(lambda: mount.status()["problems"], "the report")
+    assert "20 objects" in mount.status()["problems"][0]["problem"]
+    assert len(mount.objects) == len(list((mount.fast / "shadows").iterdir())) == 20
+    mount.stop()
+    mount.tree.rmdir()
+    (mount.fast / "tree.was").rename(mount.tree)
+    mount.start()
+    assert (mount.mountpoint / "19").read_bytes() == b"x"
+    assert mount.status()["problems"] == []
+
+
+def test_what_was_put_aside_is_told(make_mount: MakeMount) -> None:
+    mount, _ = make_slow_file(make_mount)
+    (mount.tree / "file").unlink()
+    (mount.tree / "another").touch()
+    mount.start()
+    wait_until(lambda: "1 files without a name" in str(mount.status()["notes"]), "the note")
+
+
 def test_garbage_that_cannot_be_put_aside_is_reported_and_the_mount_serves(
     make_mount: MakeMount,
 ) -> None:
     mount, path = make_slow_file(make_mount)
     (mount.tree / "file").unlink()
+    (mount.tree / "another").touch()
     stuck = str(mount.objects[0])
     subprocess.run(["mount", "--bind", stuck, stuck], check=True)  # renaming it is EBUSY
     try:
