@@ -51,10 +51,12 @@ class Namespace(Making):
         before = self.attributes(node)
         with self._pin(node, before, parent_fd, name) as pin:
             os.unlink(name, dir_fd=parent_fd)
-            self._name_gone(node, parent, name, before, parent_fd, pin)
+            self._name_gone(node, parent, name, before, pin)
 
-    @staticmethod
-    def _pin(node: Node, before: Attributes, parent_fd: int, name: bytes) -> _Pin:
+    def _pin(self, node: Node, before: Attributes, parent_fd: int, name: bytes) -> _Pin:
+        """Before a name is removed: all that may fail.  An error after it would be a lie."""
+        if node.stub is not None:
+            self.upkeep.stub_goes(parent_fd)
         if node.file is not None or node.stub is not None or node.is_directory:
             return _Pin()
         small = before.blocks * 512 <= LONG_FREE
@@ -82,7 +84,6 @@ class Namespace(Making):
         parent: Node,
         name: bytes,
         before: Attributes,
-        parent_fd: int,
         pin: _Pin,
     ) -> None:
         self.nodes.remove_name(node, parent, name)
@@ -97,13 +98,13 @@ class Namespace(Making):
             if not node.names and node.fd is None:
                 node.fd = pin.take()  # without a name that we know, it is all that reaches it
         else:
-            self._file_gone(node, before, parent_fd, pin)
+            self._file_gone(node, before, pin)
         if before.nlink <= 1:
             self.nodes.clear_names(node)
             self.nodes.release_key(node)
         self.nodes.drop_if_unused(node)
 
-    def _file_gone(self, node: Node, before: Attributes, parent_fd: int, pin: _Pin) -> None:
+    def _file_gone(self, node: Node, before: Attributes, pin: _Pin) -> None:
         """The last name of a regular file was removed."""
         device = self.home_device if node.stub is None else self.devices[node.stub.device_id]
         if node.refused:
@@ -111,14 +112,11 @@ class Namespace(Making):
         else:
             device.files -= 1
         node.gone = before.status
-        if node.file is None:
-            self.files.forget(node.key)
-        if node.stub is not None:
-            self.upkeep.stub_removed(parent_fd)
         if node.file is not None:
             node.file.native.nlink = 0
             self.files.close_if_unused(node.file)
             return  # closing it does the rest
+        self.files.forget(node.key)
         if node.stub is not None:
             self.upkeep.remove(node.stub)
         elif (fd := pin.take()) is not None:
@@ -167,7 +165,7 @@ class Namespace(Making):
             with self._pin(target, before, new_fd, new) as pin:
                 _native.rename(old_fd, old, new_fd, new, flags)
                 self._renamed(moved, old_parent, old, new_parent, new)
-                self._name_gone(target, new_parent, new, before, new_fd, pin)
+                self._name_gone(target, new_parent, new, before, pin)
         before_old = self.catalogue.remove(old_parent.key, old)
         before_new = self.catalogue.remove(new_parent.key, new)
         self._took_name(moved, new_parent, new, before_old)

@@ -58,8 +58,9 @@ class ObjectUpkeep:
         # nothing is removed before.
         self._kept: set[str] | None = None
 
-    def stub_removed(self, parent_fd: int) -> None:
-        """A stub is gone from this directory, which was not fsynced since."""
+    def stub_goes(self, parent_fd: int) -> None:
+        """A stub is about to go from this directory, before the next await, and nothing can fail
+        any more once it has.  OSError: it must stay."""
         inode = os.stat(parent_fd).st_ino
         if inode not in self._unsynced:
             self._unsynced[inode] = reopen_directory(parent_fd)

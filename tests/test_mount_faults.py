@@ -5,7 +5,9 @@ nothing; killed, every system call on it fails.
 """
 
 import errno
+import itertools
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -368,6 +370,38 @@ def test_descriptor_limit_gives_emfile_and_passes(mount: Mount) -> None:
     wait_until(lambda: len(os.listdir(f"/proc/{pid}/fd")) < limit - 10, "the descriptors")
     (mount.mountpoint / "after").write_bytes(b"x")
     assert mount.status()["state"] == "healthy"
+
+
+def has_open(pid: int, directory: Path) -> bool:
+    links = [Path(f"/proc/{pid}/fd", number) for number in os.listdir(f"/proc/{pid}/fd")]
+    return any(str(directory) in os.readlink(link) for link in links if link.is_symlink())
+
+
+def test_removal_for_which_no_descriptor_is_left_leaves_the_name(make_mount: MakeMount) -> None:
+    """It needs one for the fsync of the directory, and has it before."""
+    mount = make_mount("--mode", "slow").start()
+    directory = mount.mountpoint / "orders-0"
+    directory.mkdir()
+    removed, replaced, other = paths = [directory / name for name in ("a", "b", "c")]
+    for path in paths:
+        path.write_bytes(path.name.encode())
+    pid = mount.pid
+    wait_until(lambda: not has_open(pid, mount.slow / "objects/orders-0"), "the last closes")
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    taken = {int(number) for number in os.listdir(f"/proc/{pid}/fd")}
+    free = next(number for number in itertools.count() if number not in taken)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (free, before[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            removed.unlink()
+        with pytest.raises(OSError, match="Too many open files"):
+            other.rename(replaced)
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+    assert [path.read_bytes() for path in paths] == [b"a", b"b", b"c"]
+    removed.unlink()
+    other.rename(replaced)
+    wait_until(lambda: len(mount.objects) == 1, "the removal of the objects")
 
 
 def test_contents_are_the_same_through_the_mount_and_without_it(make_mount: MakeMount) -> None:
