@@ -2,8 +2,10 @@
 
 Each device has a record, pafkafs.json; that of the first fast device also lists all members.
 A set is formed in an order that can be cut anywhere: first the list of members, marked as
-forming, then each member's own record, then the mark is removed.  A mount that finds the mark
-goes on where the first one stopped.
+forming, with those that have no record yet, then each member's own record, then the mark is
+removed.  A mount that finds the mark goes on where the first one stopped.  Later changes, a device
+that joins or is elsewhere, are written in the same way; the devices that had a record are needed
+then as ever.
 """
 
 import errno
@@ -55,13 +57,17 @@ class Member:
 
 @dataclass(frozen=True)
 class Record:
-    """pafkafs.json.  members is empty on all but the first fast device."""
+    """pafkafs.json.  members is empty on all but the first fast device.
+
+    unformed are ids of members that had no record when forming began: no file is on them.
+    """
 
     format: int
     set: str
     member: Member
     members: tuple[Member, ...] = ()
     forming: bool = False
+    unformed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,7 @@ def parse_record(text: bytes) -> Record:
             member=_member(raw["member"]),
             members=tuple(_member(member) for member in raw["members"]),
             forming=raw["forming"],
+            unformed=tuple(raw.get("unformed", ())),
         )
     except (TypeError, KeyError, AttributeError, UnicodeDecodeError) as error:
         raise ValueError(f"not a device record: {error}") from error
@@ -115,7 +122,12 @@ def _check_types(record: Record) -> None:
         )
         if not good:
             raise ValueError("not a device record: a member has fields of the wrong type")
-    if not isinstance(record.set, str) or not isinstance(record.forming, bool):
+    good = (
+        isinstance(record.set, str)
+        and isinstance(record.forming, bool)
+        and all(isinstance(device, str) for device in record.unformed)
+    )
+    if not good:
         raise ValueError("not a device record: fields of the wrong type")
 
 
@@ -399,13 +411,13 @@ def _match_members(
     for (tier, index, path), record in zip(wanted, records, strict=True):
         expected = next((m for m in home.members if (m.tier, m.index) == (tier, index)), None)
         if record is None:
-            if expected is not None and not home.forming:
+            if expected is not None and expected.device not in home.unformed:
                 raise PafkafsError(
                     f"{path} is new, but the set needs its {_name(tier, wanted)} device "
                     f"{expected.device}, last at {expected.path}; mount that one there"
                 )
-            device = secrets.token_hex(4) if expected is None else expected.device
-            members.append(Member(device, tier, index, path))
+            # Not the id of an unformed one: that may be on a disk that is away just now.
+            members.append(Member(secrets.token_hex(4), tier, index, path))
             continue
         if record.set != home.set:
             raise PafkafsError(f"{path} belongs to another set of devices than {wanted[0][2]}")
@@ -431,7 +443,7 @@ def _check_tiers(home: Record, wanted: list[tuple[int, int, str]]) -> None:
 def _check_none_missing(home: Record, members: list[Member]) -> None:
     given = {member.device for member in members}
     for member in home.members:
-        if member.device not in given:
+        if member.device not in given and member.device not in home.unformed:
             name = tier_name(member.tier, members[-1].tier)
             raise PafkafsError(
                 f"the {name} device {member.device}, last at {member.path}, "
@@ -451,20 +463,21 @@ def _form(
     home: Record, members: list[Member], records: list[Record | None], fds: list[int]
 ) -> list[SetDevice]:
     """Writes what is new or has moved, in the order that survives a crash."""
-    formed = replace(home, member=members[0], members=tuple(members))
-    if records[0] != replace(formed, forming=False):
+    formed = replace(home, member=members[0], members=tuple(members), forming=False, unformed=())
+    if records[0] != formed:
+        unformed = tuple(m.device for m, r in zip(members, records, strict=True) if r is None)
         roles = [tier_name(member.tier, members[-1].tier) for member in members]
         devices = list(zip(members, roles, fds, strict=True))
         for member, role, fd in devices:
             with _using(member.path, role):
                 _remove_temporaries(fd)
         with _using(members[0].path, roles[0]):
-            write_record(fds[0], replace(formed, forming=True))
+            write_record(fds[0], replace(formed, forming=True, unformed=unformed))
         for (member, role, fd), record in zip(devices[1:], records[1:], strict=True):
             mine = Record(FORMAT, home.set, member)
             if record != mine:
                 with _using(member.path, role):
                     write_record(fd, mine)
         with _using(members[0].path, roles[0]):
-            write_record(fds[0], replace(formed, forming=False))
+            write_record(fds[0], formed)
     return [SetDevice(member, fd) for member, fd in zip(members, fds, strict=True)]

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -81,6 +82,63 @@ def test_first_mount_killed_at_any_step_is_finished_by_the_next(
         if not was_killed:
             break
     assert number > 12
+
+
+def assemble(fast: Path, *slow: Path) -> list[str]:
+    """Forms a set, or goes on with it; the ids of its slow devices."""
+    devices = deviceset.assemble([[str(fast)], list(map(str, slow))])
+    for device in devices:
+        os.close(device.fd)
+    return [device.member.device for device in devices[1:]]
+
+
+@pytest.mark.parametrize("joins", [False, True])
+def test_mount_that_is_cut_lets_no_empty_directory_take_the_place_of_an_old_device(
+    tmp_path: Path, joins: bool
+) -> None:
+    """The mount had the device elsewhere, and with joins a new one beside it; at the next one the
+    old disk is not there, and its mountpoint is empty."""
+    for number in count(1):
+        base = tmp_path / str(number)
+        fast, slow, new = directories(base, "fast", "slow", "new")
+        known = assemble(fast, slow)
+        elsewhere = slow.rename(base / "elsewhere")
+        given = (elsewhere, new) if joins else (elsewhere,)
+        was_killed = is_killed_at_step(number, partial(assemble, fast, *given))
+        unplugged = elsewhere.rename(base / "unplugged")
+        elsewhere.mkdir()
+        with pytest.raises(PafkafsError, match=r"mount that one there|is missing"):
+            assemble(fast, *given)
+        assert os.listdir(elsewhere) == []
+        elsewhere.rmdir()
+        unplugged.rename(elsewhere)
+        assert assemble(fast, *given)[:1] == known
+        assert [json.loads((d / "pafkafs.json").read_text())["member"]["path"] for d in given] == [
+            str(device) for device in given
+        ]
+        if not was_killed:
+            break
+    assert number > 6
+
+
+def test_device_of_a_first_mount_that_was_cut_and_its_stand_in_are_told_apart(
+    tmp_path: Path,
+) -> None:
+    """A disk got its record, and is not there when the next mount goes on with its mountpoint."""
+    for number in count(1):
+        base = tmp_path / str(number)
+        fast, slow = directories(base, "fast", "slow")
+        assert is_killed_at_step(number, partial(assemble, fast, slow))
+        if (slow / "pafkafs.json").exists():
+            break
+    slow.rename(base / "unplugged")
+    slow.mkdir()
+    (stand_in,) = assemble(fast, slow)
+    assert assemble(fast, slow) == [stand_in]
+    slow.rename(base / "hidden")
+    (base / "unplugged").rename(slow)
+    with pytest.raises(PafkafsError, match=f"{stand_in}.* is missing"):
+        assemble(fast, slow)
 
 
 def fill(log_dir: Path) -> dict[str, tuple[str, bytes]]:

@@ -66,8 +66,8 @@ MUTANTS = (
     Mutant(
         "set not marked as forming",
         "pafkafs/deviceset.py",
-        "        write_record(fds[0], replace(formed, forming=True))\n",
-        "",
+        "            write_record(fds[0], replace(formed, forming=True, unformed=unformed))\n",
+        "            pass\n",
         (f"{CUTS}first_mount_killed_at_any_step_is_finished_by_the_next",),
     ),
     Mutant(
