@@ -30,19 +30,21 @@ def adopt(log_dir: str, fast: str, slow: list[str]) -> int:
     skip = _OWN | _NOT_KAFKA if source == device else set()
     _check_moves(source, tree, skip)
     # **Invariant:** while the mark is there, the device is not mounted.  It is durable before
-    # the first rename, and goes when all of them are; the source, which the same command needs
-    # to go on, goes last.
-    mark = device / layout.ADOPTING
-    mark.touch()
-    _sync_directory(device)
-    _form_set(device, slow, ignore=source if source.parent == device else None)
-    tree.mkdir(exist_ok=True)
-    _move_entries(source, tree, skip)
-    _copy_directory_attributes(source, tree)
-    for directory in (tree, device, source):
-        _sync_directory(directory)
-    mark.unlink()
-    _sync_directory(device)
+    # anything else is changed, which is when nothing is left that could refuse the adoption; it
+    # goes when all renames are durable.  The source, which the same command needs to go on, goes
+    # last.
+    devices = _form_set(device, slow, ignore=source if source.parent == device else None)
+    try:
+        tree.mkdir(exist_ok=True)
+        _move_entries(source, tree, skip)
+        _copy_directory_attributes(source, tree)
+        for directory in (tree, device, source):
+            _sync_directory(directory)
+        os.unlink(device / layout.ADOPTING)
+        _sync_directory(device)
+    finally:
+        for member in devices:
+            os.close(member.fd)
     if source != device:
         source.rmdir()
         _sync_directory(source.parent)
@@ -77,11 +79,18 @@ def _check(source: Path, device: Path) -> None:
     brokers.refuse_running(str(source))
 
 
-def _form_set(device: Path, slow: list[str], ignore: Path | None) -> None:
-    """As a first mount does; the entries to be adopted do not count as foreign."""
+def _form_set(device: Path, slow: list[str], ignore: Path | None) -> list[deviceset.SetDevice]:
+    """As a first mount does; the entries to be adopted do not count as foreign.  The devices are
+    locked as long as they are open."""
     adopted = {layout.ADOPTING} | ({ignore.name} if ignore is not None else set(os.listdir(device)))
-    for member in deviceset.assemble([[str(device)], slow], adopting=frozenset(adopted)):
-        os.close(member.fd)
+    adopting = deviceset.Adoption(frozenset(adopted), _mark)
+    return deviceset.assemble([[str(device)], slow], adopting=adopting)
+
+
+def _mark(device_fd: int) -> None:
+    """One that is there already is that of an adoption that was cut."""
+    os.close(os.open(layout.ADOPTING, os.O_WRONLY | os.O_CREAT, 0o600, dir_fd=device_fd))
+    os.fsync(device_fd)
 
 
 def _move_entries(source: Path, tree: Path, skip: set[str]) -> None:

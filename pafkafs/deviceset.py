@@ -15,7 +15,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -269,14 +269,23 @@ def check_new(fd: int, path: str, role: str, adopting: frozenset[str]) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Adoption:
+    """What an adoption asks for: entries that a new fast device may have; and mark, which is called
+    with the first fast device when all devices have passed, before anything is changed."""
+
+    entries: frozenset[str]
+    mark: Callable[[int], None]
+
+
 def assemble(
-    tiers: Sequence[Sequence[str]], *, adopting: frozenset[str] | None = None
+    tiers: Sequence[Sequence[str]], *, adopting: Adoption | None = None
 ) -> list[SetDevice]:
     """Opens, locks and checks the devices of a mount, given by tier from the fast one to the slow
     one; forms the set when they are new.
 
-    adopting are entries that a new fast device may have, None for a mount.  Nothing is changed
-    unless all devices pass.  Raises PafkafsError.
+    adopting is None for a mount.  Nothing is changed unless all devices pass.  Raises
+    PafkafsError.
     """
     wanted = [(t, i, path) for t, tier in enumerate(tiers) for i, path in enumerate(tier)]
     _check_distinct([path for _, _, path in wanted])
@@ -342,7 +351,7 @@ def _members_of(wanted: list[tuple[int, int, str]], fds: list[int]) -> list[Memb
 
 
 def _recognise(
-    wanted: list[tuple[int, int, str]], fds: list[int], adopting: frozenset[str] | None
+    wanted: list[tuple[int, int, str]], fds: list[int], adopting: Adoption | None
 ) -> list[SetDevice]:
     records: list[Record | None] = []
     for (tier, _, path), fd in zip(wanted, fds, strict=True):
@@ -353,19 +362,20 @@ def _recognise(
         _check_all_new(wanted, records)
         members = [Member(secrets.token_hex(4), t, i, p) for t, i, p in wanted]
         home = Record(FORMAT, secrets.token_hex(8), members[0], tuple(members), forming=True)
-        return _form(home, members, records, fds)
-    if not home.members:
+    elif not home.members:
         raise PafkafsError(
             f"{wanted[0][2]} is not the first fast device of its set; "
             "give the fast devices in the order of the first mount"
         )
-    members = _match_members(home, wanted, records)
+    else:
+        members = _match_members(home, wanted, records)
+    if adopting is not None:
+        with _using(wanted[0][2], _name(0, wanted)):
+            adopting.mark(fds[0])
     return _form(home, members, records, fds)
 
 
-def _examine(
-    fd: int, path: str, tier: int, role: str, adopting: frozenset[str] | None
-) -> Record | None:
+def _examine(fd: int, path: str, tier: int, role: str, adopting: Adoption | None) -> Record | None:
     """The record of a device that may be mounted; None when it is new."""
     record = read_record(fd, path)
     if adopting is None and tier == 0 and layout.exists(layout.ADOPTING, fd):
@@ -374,7 +384,7 @@ def _examine(
             "run the same pafkafs adopt command again, it goes on where it stopped"
         )
     if record is None:
-        check_new(fd, path, role, adopting if tier == 0 and adopting else frozenset())
+        check_new(fd, path, role, adopting.entries if tier == 0 and adopting else frozenset())
     check_writable(fd, path, role)
     return record
 

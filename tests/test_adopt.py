@@ -99,3 +99,44 @@ def test_entry_that_is_in_the_tree_already_is_not_overwritten(make_mount: MakeMo
     assert result.returncode == 1
     assert "exists already" in result.stderr
     assert (mount.tree / "meta.properties").read_bytes() == b"mine"
+
+
+def test_adoption_onto_a_set_in_use_is_refused_and_leaves_no_mark(make_mount: MakeMount) -> None:
+    mount = make_mount().start()
+    log_dir = mount.fast.parent / "kafka-logs"
+    before = make_log_dir(log_dir)
+    result = run_pafkafs("adopt", str(log_dir), str(mount.fast), str(mount.slow))
+    assert result.returncode == 1
+    assert "in use by another pafkafs" in result.stderr
+    assert tree_contents(log_dir) == before
+    mount.restart()
+
+
+def test_adoption_with_a_slow_device_that_will_not_do_is_refused_and_changes_nothing(
+    make_mount: MakeMount,
+) -> None:
+    mount = make_mount()
+    log_dir = mount.fast.parent / "kafka-logs"
+    before = make_log_dir(log_dir)
+    (mount.slow / "somebody's").touch()
+    result = run_pafkafs("adopt", str(log_dir), str(mount.fast), str(mount.slow))
+    assert result.returncode == 1
+    assert "not empty" in result.stderr
+    assert (tree_contents(log_dir), os.listdir(mount.fast)) == (before, [])
+    (mount.slow / "somebody's").unlink()
+    mount.start()
+
+
+def test_adoption_that_was_cut_stays_marked_when_it_is_refused(make_mount: MakeMount) -> None:
+    mount = make_mount()
+    log_dir = mount.fast.parent / "kafka-logs"
+    make_log_dir(log_dir)
+    (mount.fast / ".pafkafs-adopting").touch()
+    (mount.slow / "somebody's").touch()
+    for _ in range(2):
+        result = run_pafkafs("adopt", str(log_dir), str(mount.fast), str(mount.slow))
+        assert result.returncode == 1
+        assert "half adopted" in mount.mount().stderr
+    (mount.slow / "somebody's").unlink()
+    adopt(log_dir, mount)
+    mount.start()

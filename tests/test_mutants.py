@@ -180,9 +180,9 @@ MUTANTS = (
     ),
     Mutant(
         "adoption not marked",
-        "pafkafs/adoption.py",
-        "    mark.touch()\n",
-        "",
+        "pafkafs/deviceset.py",
+        "            adopting.mark(fds[0])\n",
+        "            pass\n",
         (f"{CUTS}adoption_killed_at_any_step_is_not_mounted_and_goes_on",),
     ),
     Mutant(
