@@ -17,6 +17,7 @@ import re
 import secrets
 import stat
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from pafkafs import _native
@@ -150,14 +151,11 @@ def open_state_directory(device_fd: int, name: str, *, create: bool = True) -> i
     A directory that somebody else could have planted, or is a symlink, is refused
     (NotADirectoryError, PermissionError).
     """
+    made = False
     if create:
-        try:
+        with suppress(FileExistsError):
             os.mkdir(name, STATE_MODES.get(name, 0o755), dir_fd=device_fd)
-        except FileExistsError:
-            pass
-        else:
-            os.chmod(name, STATE_MODES.get(name, 0o755), dir_fd=device_fd)
-            os.fsync(device_fd)
+            made = True
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         fd = os.open(name, flags, dir_fd=device_fd)
@@ -169,6 +167,13 @@ def open_state_directory(device_fd: int, name: str, *, create: bool = True) -> i
     if name != TREE and (status.st_uid != os.geteuid() or status.st_mode & stat.S_IWOTH):
         os.close(fd)
         raise PermissionError(f"{name}/ belongs to uid {status.st_uid} or anybody may write to it")
+    if made:
+        try:
+            os.fchmod(fd, STATE_MODES.get(name, 0o755))  # whatever the umask is
+            os.fsync(device_fd)
+        except OSError:
+            os.close(fd)
+            raise
     return fd
 
 

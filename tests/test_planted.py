@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from conftest import MakeMount
 from filetools import opened
-from harness import GROWING, Mount, wait_until
+from harness import GROWING, Mount, run_pafkafs, wait_until
+
+from pafkafs import layout
 
 SECRET = b"somebody else's file"
 
@@ -170,3 +172,72 @@ def test_own_directories_are_closed_to_others(make_mount: MakeMount) -> None:
             if directory.is_dir() and directory.name not in ("tree", "objects"):
                 assert directory.stat().st_mode & 0o077 == 0, directory
             assert directory.stat().st_mode & 0o022 == 0, directory
+
+
+def planted_log_dir(mount: Mount) -> Path:
+    """A log directory of another user that is the fast device, so that he may plant there."""
+    (mount.fast / "meta.properties").write_bytes(b"version=1")
+    os.chown(mount.fast, 12345, 12345)
+    mount.fast.chmod(0o750)
+    return mount.fast
+
+
+def assert_adoption_is_refused(mount: Mount, word: str) -> None:
+    before = sorted(os.listdir(mount.fast))
+    result = run_pafkafs("adopt", str(mount.fast), str(mount.fast), str(mount.slow))
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert f"{mount.fast}/{word}" in result.stderr
+    assert sorted(os.listdir(mount.fast)) == before
+    assert os.listdir(mount.slow) == []
+
+
+@pytest.mark.parametrize("kind", ["directory", "file"])
+def test_adoption_follows_no_symlink_in_the_place_of_the_home_tree(
+    make_mount: MakeMount, victim: Path, kind: str
+) -> None:
+    mount = make_mount()
+    fast = planted_log_dir(mount)
+    elsewhere = fast.with_name("elsewhere")  # on the same filesystem: entries could go there
+    elsewhere.mkdir(mode=0o700)
+    (fast / "tree").symlink_to(elsewhere if kind == "directory" else victim)
+    assert_adoption_is_refused(mount, "tree")
+    status = elsewhere.stat()
+    assert (status.st_uid, status.st_mode & 0o777, os.listdir(elsewhere)) == (0, 0o700, [])
+    assert untouched(victim)
+
+
+@pytest.mark.parametrize("kind", ["new", "victim", "directory"])
+def test_adoption_takes_nothing_but_a_file_for_its_mark(
+    make_mount: MakeMount, victim: Path, kind: str
+) -> None:
+    mount = make_mount()
+    mark = planted_log_dir(mount) / ".pafkafs-adopting"
+    new = victim.with_name("new")
+    if kind == "directory":
+        mark.mkdir()
+    else:
+        mark.symlink_to(victim if kind == "victim" else new)
+    assert_adoption_is_refused(mount, ".pafkafs-adopting")
+    assert not new.exists()
+    assert untouched(victim)
+
+
+def test_directory_that_is_replaced_while_it_is_made_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a symlink, between the call that makes it and those that set its mode and open it."""
+    device, elsewhere = tmp_path / "device", tmp_path / "elsewhere"
+    device.mkdir()
+    elsewhere.mkdir(mode=0o700)
+    make = os.mkdir
+
+    def replaced(name: str, mode: int, *, dir_fd: int) -> None:
+        make(name, mode, dir_fd=dir_fd)
+        os.rmdir(name, dir_fd=dir_fd)
+        os.symlink(elsewhere, name, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "mkdir", replaced)
+    with opened(device, os.O_RDONLY) as fd, pytest.raises(NotADirectoryError):
+        layout.open_state_directory(fd, "tree")
+    assert elsewhere.stat().st_mode & 0o777 == 0o700
