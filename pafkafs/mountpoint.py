@@ -7,7 +7,7 @@ import socket
 import subprocess
 from dataclasses import dataclass
 
-from pafkafs import _native
+from pafkafs import _native, layout
 from pafkafs.errors import PafkafsError
 
 FILESYSTEM_TYPE = "fuse.pafkafs"
@@ -79,14 +79,67 @@ def check(mountpoint: str, devices: tuple[str, ...]) -> None:
 
 def attach(source: str, mountpoint: str) -> int:
     """Mounts; the descriptor of the connection, for the native front."""
-    if is_dead(mountpoint):
-        detach(mountpoint, lazy=True)
+    dead = is_dead(mountpoint)
     if os.geteuid() == 0:
-        return _attach_as_root(source, mountpoint)
+        if dead:
+            _detach_dead_as_root(mountpoint)
+        target_fd = _open_empty(mountpoint)
+        try:
+            return _attach_as_root(source, mountpoint, target_fd)
+        finally:
+            os.close(target_fd)
+    if dead:
+        detach(mountpoint, lazy=True)
     return _attach_by_fusermount(source, mountpoint)
 
 
-def _attach_as_root(source: str, mountpoint: str) -> int:
+def _open_unswapped(path: str) -> int:
+    """A descriptor of the directory at a real path, and at no other one: who may write above it
+    could have put a symlink in its way since the path was checked, and root must not follow."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise PafkafsError(f"cannot mount: {path}: {error.strerror}") from error
+    found = os.readlink(f"/proc/self/fd/{fd}")
+    if found != path:
+        os.close(fd)
+        raise PafkafsError(f"cannot mount: {path} was replaced meanwhile and leads to {found}")
+    return fd
+
+
+def _open_empty(mountpoint: str) -> int:
+    fd = _open_unswapped(mountpoint)
+    try:
+        listed_fd = layout.reopen_directory(fd)
+        try:
+            full = bool(os.listdir(listed_fd))
+        finally:
+            os.close(listed_fd)
+    except OSError as error:
+        os.close(fd)
+        raise PafkafsError(f"cannot mount on {mountpoint}: {error.strerror}") from error
+    if full:
+        os.close(fd)
+        raise PafkafsError(f"the mountpoint {mountpoint} is not empty any more")
+    return fd
+
+
+def _detach_dead_as_root(mountpoint: str) -> None:
+    """The last name is never followed; those before it are held by a descriptor."""
+    directory, name = os.path.split(mountpoint)
+    fd = _open_unswapped(directory)
+    try:
+        _native.umount(os.fsencode(f"/proc/self/fd/{fd}/{name}"), True)
+    except OSError as error:
+        raise PafkafsError(
+            f"cannot detach the dead mount at {mountpoint}: {error.strerror}"
+        ) from error
+    finally:
+        os.close(fd)
+
+
+def _attach_as_root(source: str, mountpoint: str, target_fd: int) -> int:
+    """Mounts on the directory of a descriptor; mountpoint is its path for messages."""
     try:
         fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
@@ -100,7 +153,7 @@ def _attach_as_root(source: str, mountpoint: str) -> int:
     try:
         _native.mount(
             os.fsencode(source),
-            os.fsencode(mountpoint),
+            f"/proc/self/fd/{target_fd}".encode(),
             FILESYSTEM_TYPE.encode(),
             options.encode(),
         )

@@ -1,15 +1,20 @@
-"""What another local user could plant on a device, if it may write there, is not followed."""
+"""What another local user could plant on a device, or above a mountpoint, if it may write there,
+is not followed."""
 
 import os
+import subprocess
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from conftest import MakeMount
 from filetools import opened
-from harness import GROWING, Mount, run_pafkafs, wait_until
+from harness import GROWING, Mount, is_dead_mount, is_mounted, run_pafkafs, wait_until
 
-from pafkafs import layout
+from pafkafs import _native, layout, mountpoint
+from pafkafs.errors import PafkafsError
 
 SECRET = b"somebody else's file"
 
@@ -241,3 +246,92 @@ def test_directory_that_is_replaced_while_it_is_made_is_not_followed(
     with opened(device, os.O_RDONLY) as fd, pytest.raises(NotADirectoryError):
         layout.open_state_directory(fd, "tree")
     assert elsewhere.stat().st_mode & 0o777 == 0o700
+
+
+# -- mountpoints --------------------------------------------------------------------------------
+
+
+@dataclass
+class Swapped:
+    """A mountpoint, and an empty directory of somebody else, which has the same name."""
+
+    where: Path
+    victim: Path
+    above: bool
+
+    def swap(self) -> None:
+        """A symlink that leads to the victim, in the place of the mountpoint or of what is above
+        it."""
+        place, target = self.where, self.victim
+        if self.above:
+            place, target = place.parent, target.parent
+        place.rename(place.with_name("was"))
+        place.symlink_to(target)
+
+    @property
+    def was(self) -> Path:
+        """Where the mountpoint itself is after that."""
+        if self.above:
+            return self.where.parent.with_name("was") / self.where.name
+        return self.where.with_name("was")
+
+
+@pytest.fixture(params=["mountpoint", "above"])
+def swapped(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Swapped]:
+    found = Swapped(tmp_path / "user/mnt", tmp_path / "root/mnt", request.param == "above")
+    for directory in (found.where, found.victim):
+        directory.mkdir(parents=True)
+    yield found
+    for path in (found.victim, found.was, found.where):
+        while is_mounted(path):
+            subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def test_mountpoint_that_is_swapped_after_its_check_is_refused(swapped: Swapped) -> None:
+    mountpoint.check(str(swapped.where), ())
+    swapped.swap()
+    with pytest.raises(PafkafsError, match=r"^cannot mount: "):
+        os.close(mountpoint.attach("source", str(swapped.where)))
+    assert not is_mounted(swapped.victim)
+    assert not is_mounted(swapped.was)
+
+
+def test_mountpoint_that_is_swapped_at_the_last_moment_is_mounted_where_it_was_checked(
+    swapped: Swapped, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mount(*arguments: bytes) -> None:
+        swapped.swap()
+        really_mount(*arguments)
+
+    really_mount = _native.mount
+    monkeypatch.setattr(_native, "mount", mount)
+    os.close(mountpoint.attach("source", str(swapped.where)))
+    assert not is_mounted(swapped.victim)
+    assert is_mounted(swapped.was)
+
+
+def test_mountpoint_that_was_filled_after_its_check_is_refused(swapped: Swapped) -> None:
+    mountpoint.check(str(swapped.where), ())
+    (swapped.where / "file").touch()
+    with pytest.raises(PafkafsError, match="not empty"):
+        os.close(mountpoint.attach("source", str(swapped.where)))
+    assert not is_mounted(swapped.where)
+
+
+@pytest.mark.parametrize("swapped", ["above"], indirect=True)
+def test_of_a_dead_mount_that_is_swapped_nothing_else_is_detached(
+    swapped: Swapped, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_dead(path: str) -> bool:
+        found = really_is_dead(path)
+        swapped.swap()
+        return found
+
+    for path in (swapped.where, swapped.victim):
+        os.close(mountpoint.attach("source", str(path)))
+        assert is_dead_mount(path)
+    really_is_dead = mountpoint.is_dead
+    monkeypatch.setattr(mountpoint, "is_dead", is_dead)
+    with pytest.raises(PafkafsError, match=r"^cannot mount: "):
+        os.close(mountpoint.attach("source", str(swapped.where)))
+    assert is_mounted(swapped.victim)
