@@ -3,7 +3,8 @@
 import errno
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,19 +82,35 @@ def open_sources(fast: Sequence[str], slow: Sequence[str]) -> list[int]:
 
 
 def make_target(path: str, sources: Sequence[str]) -> int:
-    """A new or empty directory that is on none of the devices; its descriptor."""
+    """A new or empty directory that is on none of the devices; its descriptor.
+
+    It is refused when somebody else may write to it: it could put symlinks in the way of what is
+    made there.
+    """
     real = Path(os.path.realpath(path))
     for source in map(Path, map(os.path.realpath, sources)):
         if real.is_relative_to(source) or source.is_relative_to(real):
             raise PafkafsError(f"{path} and the device {source} are inside each other")
-    try:
-        os.mkdir(path, 0o755)
-    except FileExistsError:
-        if os.path.isdir(path) and os.listdir(path):
-            raise PafkafsError(
-                f"{path} is not empty: give a new directory; nothing is rescued in place"
-            ) from None
-    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with suppress(FileExistsError):
+        os.mkdir(real, 0o755)
+    fd = os.open(real, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    why = _why_no_target(fd)
+    if why:
+        os.close(fd)
+        raise PafkafsError(f"{path} {why}")
+    return fd
+
+
+def _why_no_target(fd: int) -> str:
+    status = os.fstat(fd)
+    if os.listdir(fd):
+        return "is not empty: give a new directory; nothing is rescued in place"
+    if status.st_uid != os.geteuid():
+        return f"belongs to uid {status.st_uid}, who could redirect what is written: give a new one"
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        mode = stat.S_IMODE(status.st_mode)
+        return f"has mode {mode:o}, others could redirect what is written: give a new directory"
+    return ""
 
 
 class Rescue:
@@ -298,14 +315,32 @@ class Rescue:
         for count in range(1, len(parts) + 1):
             directory = b"/".join(parts[:count])
             if directory not in self._directories:
-                os.mkdir(directory, 0o700, dir_fd=self._target_fd)
+                self._make_closed(directory)
                 self._directories[directory] = status.st_uid, status.st_gid, 0o755
 
     # -- the target -------------------------------------------------------------------------------
 
     def _make_directory(self, path: bytes, status: os.stat_result) -> None:
-        os.mkdir(path, 0o700, dir_fd=self._target_fd)
+        self._make_closed(path)
         self._directories[path] = status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)
+
+    def _make_closed(self, path: bytes) -> None:
+        with self._parent(path) as (parent_fd, name):
+            os.mkdir(name, 0o700, dir_fd=parent_fd)
+
+    @contextmanager
+    def _parent(self, path: bytes) -> Iterator[tuple[int, bytes]]:
+        """A descriptor of the directory where a path is to be made, and its name there.  OSError
+        ENOTDIR when that directory is none of those that were made: what has its name may lead
+        elsewhere, on a target that takes two names for one."""
+        directory, _, name = path.rpartition(b"/")
+        if directory and directory not in self._directories:
+            raise OSError(errno.ENOTDIR, "its directory could not be made")
+        fd = _native.open_beneath(self._target_fd, directory or b".", DIRECTORY)
+        try:
+            yield fd, name
+        finally:
+            os.close(fd)
 
     def _give_directories_away(self) -> None:
         """The deepest first.  **Invariant:** who is to own a directory cannot reach it before all
@@ -322,10 +357,11 @@ class Rescue:
                 os.close(fd)
 
     def _make_symlink(self, entry: Entry, text: bytes) -> None:
-        os.symlink(text, entry.path, dir_fd=self._target_fd)
-        if os.geteuid() == 0:
-            ids = entry.status.st_uid, entry.status.st_gid
-            os.chown(entry.path, *ids, dir_fd=self._target_fd, follow_symlinks=False)
+        ids = entry.status.st_uid, entry.status.st_gid
+        with self._parent(entry.path) as (parent_fd, name):
+            os.symlink(text, name, dir_fd=parent_fd)
+            if os.geteuid() == 0:
+                os.chown(name, *ids, dir_fd=parent_fd, follow_symlinks=False)
 
     def _copy(self, path: bytes, source: _Source) -> None:
         name = os.fsdecode(path)
@@ -336,7 +372,8 @@ class Rescue:
             self._note_missing(path)
             return
         try:
-            target_fd = os.open(path, _NEW, 0o600, dir_fd=self._target_fd)
+            with self._parent(path) as (parent_fd, last):
+                target_fd = os.open(last, _NEW, 0o600, dir_fd=parent_fd)
             try:
                 self._fill(path, source, source_fd, target_fd)
             finally:

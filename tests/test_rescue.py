@@ -15,8 +15,9 @@ from harness import GROWING, PAFKAFS, Mount, run_pafkafs, tree_contents, wait_un
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pafkafs import batches
+from pafkafs import batches, rescuing
 from pafkafs.batches import Extent
+from pafkafs.rescuing import Rescue
 from pafkafs.salvage import Candidate, Gap, Segment, best, gaps, name_of
 
 STILL = ("--threshold", "-1")
@@ -476,6 +477,43 @@ def test_target_that_is_not_new_or_on_a_device_is_refused(mount: Mount, tmp_path
         assert result.stderr.count("\n") == 1
     assert not (mount.slow / "new").exists()
     assert run_pafkafs("rescue", str(tmp_path / "target")).returncode == 2
+
+
+def test_target_where_somebody_else_may_write_is_refused(mount: Mount, tmp_path: Path) -> None:
+    """It could put symlinks in the way of what root makes there."""
+    for name, owner, mode in (("of-user", 1234, 0o755), ("group", 0, 0o775), ("all", 0, 0o1777)):
+        target = tmp_path / name
+        target.mkdir()
+        target.chmod(mode)
+        os.chown(target, owner, -1)
+        before = listing(target)
+        result = run_pafkafs("rescue", "--slow", str(mount.slow), str(target))
+        assert result.returncode == 1
+        assert result.stderr.startswith(f"pafkafs: {target} ")
+        assert result.stderr.count("\n") == 1
+        assert "could redirect what is written" in result.stderr
+        assert listing(target) == before
+
+
+@pytest.mark.parametrize("with_names", [True, False])
+def test_nothing_is_written_through_what_is_in_the_place_of_a_directory(
+    mount: Mount, tmp_path: Path, with_names: bool
+) -> None:
+    """As on a target that takes names of upper and lower case for the same."""
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    fast, slow = [str(mount.fast)] if with_names else [], [str(mount.slow)]
+    fds = rescuing.open_sources(fast, slow)
+    target_fd = rescuing.make_target(str(tmp_path / "target"), [*fast, *slow])
+    (tmp_path / "target/orders-0").symlink_to(victim)
+    devices = list(zip([*fast, *slow], fds, strict=True))
+    outcome = Rescue(devices[: len(fast)], devices[len(fast) :], target_fd, lambda _: None).run()
+    for fd in (*fds, target_fd):
+        os.close(fd)
+    assert list(victim.iterdir()) == []
+    assert not outcome.complete
+    assert {f"orders-0/{base:020}.log" for base in (0, 100, 200)} <= outcome.damaged.keys()
+    assert (tmp_path / "target/meta.properties").exists() == with_names
 
 
 def test_fast_device_without_a_home_tree_is_refused(mount: Mount, tmp_path: Path) -> None:
