@@ -17,7 +17,6 @@ import re
 import secrets
 import stat
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 
 from pafkafs import _native
@@ -151,11 +150,7 @@ def open_state_directory(device_fd: int, name: str, *, create: bool = True) -> i
     A directory that somebody else could have planted, or is a symlink, is refused
     (NotADirectoryError, PermissionError).
     """
-    made = False
-    if create:
-        with suppress(FileExistsError):
-            os.mkdir(name, STATE_MODES.get(name, 0o755), dir_fd=device_fd)
-            made = True
+    made = create and _make_state_directory(device_fd, name)
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         fd = os.open(name, flags, dir_fd=device_fd)
@@ -163,18 +158,37 @@ def open_state_directory(device_fd: int, name: str, *, create: bool = True) -> i
         if error.errno not in (errno.ENOTDIR, errno.ELOOP):
             raise
         raise NotADirectoryError(error.errno, f"{name} there is a file or a symlink") from error
-    status = os.fstat(fd)
-    if name != TREE and (status.st_uid != os.geteuid() or status.st_mode & stat.S_IWOTH):
-        os.close(fd)
-        raise PermissionError(f"{name}/ belongs to uid {status.st_uid} or anybody may write to it")
-    if made:
-        try:
-            os.fchmod(fd, STATE_MODES.get(name, 0o755))  # whatever the umask is
+    try:
+        _refuse_planted(fd, name, made=made)
+        if made:
+            # By descriptor: since it was made, a symlink could have taken its name.
+            os.fchmod(fd, _state_mode(name))
             os.fsync(device_fd)
-        except OSError:
-            os.close(fd)
-            raise
+    except OSError:
+        os.close(fd)
+        raise
     return fd
+
+
+def _state_mode(name: str) -> int:
+    return STATE_MODES.get(name, 0o755)
+
+
+def _make_state_directory(device_fd: int, name: str) -> bool:
+    try:
+        os.mkdir(name, _state_mode(name), dir_fd=device_fd)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _refuse_planted(fd: int, name: str, *, made: bool) -> None:
+    """The home tree belongs to whom the mountpoint does, but for a new one."""
+    status = os.fstat(fd)
+    if name == TREE and not made:
+        return
+    if status.st_uid != os.geteuid() or status.st_mode & stat.S_IWOTH:
+        raise PermissionError(f"{name}/ belongs to uid {status.st_uid} or anybody may write to it")
 
 
 def open_unnamed(dir_fd: int) -> int:

@@ -146,6 +146,25 @@ def test_symlink_in_the_place_of_an_own_directory_fails_the_mount_with_one_line(
     assert list(elsewhere.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["tree", "objects"])
+def test_symlink_that_takes_the_name_of_an_own_directory_as_it_is_made_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def mkdir(made: str, mode: int, *, dir_fd: int) -> None:
+        really_mkdir(made, mode, dir_fd=dir_fd)
+        os.rmdir(made, dir_fd=dir_fd)
+        os.symlink(victim, made, dir_fd=dir_fd)
+
+    device, victim = tmp_path / "device", tmp_path / "victim"
+    for directory in (device, victim):
+        directory.mkdir(mode=0o700)
+    really_mkdir = os.mkdir
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    with opened(device, os.O_RDONLY) as fd, pytest.raises(NotADirectoryError):
+        layout.open_state_directory(fd, name)
+    assert victim.stat().st_mode & 0o777 == 0o700
+
+
 def test_symlinks_among_what_is_to_be_removed_go_and_what_they_lead_to_stays(
     make_mount: MakeMount, victim: Path
 ) -> None:
