@@ -201,11 +201,12 @@ def judge_state_directory(where: Place, status: os.stat_result | None, uid: int)
         return None  # its attributes are those of the mountpoint
     if status.st_uid != uid:
         what = f"belongs to uid {status.st_uid}, not {uid}"
-    elif stat.S_IMODE(status.st_mode) != wanted:
+        why = f"if somebody put it there, move it away; if it is the device's own, chown {uid} it"
+        return Finding(Kind.STATE_DIRECTORY, where, what, evidence=evidence_now, hopeless=why)
+    if stat.S_IMODE(status.st_mode) != wanted:
         what = f"has mode {stat.S_IMODE(status.st_mode):o}, not {wanted:o}"
-    else:
-        return None
-    return Finding(Kind.STATE_DIRECTORY, where, what, evidence=evidence_now)
+        return Finding(Kind.STATE_DIRECTORY, where, what, evidence=evidence_now)
+    return None
 
 
 def judge_elsewhere(missing: Finding, found: Place, shown: str) -> Finding:

@@ -155,6 +155,17 @@ def read_record(fd: int, path: str) -> Record | None:
     return record
 
 
+def owner(fd: int) -> tuple[int, int]:
+    """uid and gid of whose set the device open at fd is of: of who wrote its record.  Others cannot
+    mount it, and what they have there in the place of its own directories is none."""
+    record_fd = os.open(layout.RECORD, layout.LOOKING, dir_fd=fd)
+    try:
+        status = os.fstat(record_fd)
+    finally:
+        os.close(record_fd)
+    return status.st_uid, status.st_gid
+
+
 def write_record(fd: int, record: Record) -> None:
     """Replaces the record durably: after a crash it is the old or the new one."""
     text = json.dumps(asdict(record), indent=2).encode() + b"\n"

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from pafkafs import layout
+from pafkafs import deviceset, layout
 from pafkafs.checking import (
     Attributes,
     Finding,
@@ -137,10 +137,11 @@ class Inspection:
 
     def _device(self, number: int) -> Iterator[Finding]:
         device = self._devices[number]
+        uid, _ = deviceset.owner(device.fd)
         for area in _areas(number):
             where = Place(number, area, b"")
             status = status_of(device.fd, area.encode())
-            found = judge_state_directory(where, status, os.geteuid())
+            found = judge_state_directory(where, status, uid)
             if (number, area) not in self._fds:
                 self._unopened.add((number, area))
             if found is not None:

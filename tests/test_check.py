@@ -224,10 +224,6 @@ def open_state_directory(found: Set) -> None:
     (found.slow[1] / "objects").chmod(0o777)
 
 
-def give_state_directory_away(found: Set) -> None:
-    os.chown(found.mount.fast / "shadows", 1234, 1234)
-
-
 def remove_state_directory(found: Set) -> None:
     (found.slow[0] / "lost").rmdir()
 
@@ -253,7 +249,6 @@ MENDABLE: dict[Callable[[Set], None], str] = {
     change_owner: "attributes-differ",
     change_mtime: "attributes-differ",
     open_state_directory: "state-directory",
-    give_state_directory_away: "state-directory",
     remove_state_directory: "state-directory",
     leave_stub_in_tmp: "leftover",
     leave_record: "leftover",
@@ -424,6 +419,49 @@ def test_symlinks_that_were_planted_are_not_followed(found: Set, tmp_path: Path)
     assert found.kinds("--repair", "--deep") == expected
     assert found.listing() == before
     assert (outside / object_.name).stat().st_atime_ns == inside.st_atime_ns
+
+
+@pytest.mark.parametrize("area", ["shadows", "tmp", "objects", "lost"])
+def test_directory_of_somebody_else_in_the_place_of_an_own_one_is_told_and_left(
+    found: Set, area: str
+) -> None:
+    device = found.mount.fast if area in ("shadows", "tmp") else found.slow[1]
+    os.chown(device / area, 1234, 1234)
+    before = found.listing()
+    for options in ((), ("--repair",)):
+        status, report = found.check(*options)
+        (finding,) = report["findings"]
+        assert (status, finding["kind"], finding["repair"]) == (1, "state-directory", None)
+        assert finding["what"] == "belongs to uid 1234, not 0"
+        assert "move it away" in finding["advice"]
+        assert found.listing() == before
+
+
+def test_nothing_is_moved_to_a_directory_of_somebody_else(found: Set) -> None:
+    plant_object(found)
+    os.chown(found.slow[1] / "lost", 1234, 1234)
+    before = found.listing()
+    assert found.kinds("--repair") == ["object-without-stub", "state-directory"]
+    assert found.listing() == before
+
+
+def test_root_repairs_the_set_of_a_user_for_that_user(found: Set) -> None:
+    for top in (found.mount.fast, *found.slow):
+        for path in (top, *top.rglob("*")):
+            os.chown(path, 1234, 1235, follow_symlinks=False)
+    before = found.listing()
+    status, report = found.check("--repair")
+    assert (status, report["findings"]) == (0, [])
+    assert found.listing() == before
+    remove_state_directory(found)
+    open_state_directory(found)
+    assert found.kinds() == ["state-directory", "state-directory"]
+    status, report = found.check("--repair")
+    assert (status, report["totals"]["repaired"]) == (0, 2)
+    assert found.kinds() == []
+    made = (found.slow[0] / "lost").stat()
+    assert (made.st_uid, made.st_gid, stat.S_IMODE(made.st_mode)) == (1234, 1235, 0o700)
+    assert (found.slow[1] / "objects").stat().st_uid == 1234
 
 
 def test_missing_home_tree_is_no_problem_that_a_repair_mends(found: Set) -> None:

@@ -182,6 +182,23 @@ def test_files_in_a_directory_that_cannot_be_read_are_not_taken_for_garbage(
     assert user_mount.status()["state"] == "healthy"
 
 
+def test_set_of_a_user_is_healthy_for_root_and_mounts_after_a_repair_by_root(
+    user_mount: UserMount,
+) -> None:
+    devices = str(user_mount.fast), str(user_mount.slow)
+    user_mount.start("--mode", "slow")
+    assert user_mount.run("sh", "-c", f"echo kept > {user_mount.mountpoint}/file").returncode == 0
+    mounted = run_pafkafs("check", *devices)
+    assert (mounted.returncode, mounted.stderr) == (0, ""), mounted.stdout
+    assert user_mount.run(PAFKAFS, "umount", str(user_mount.mountpoint)).returncode == 0
+    assert run_pafkafs("check", "--repair", *devices).stdout.rstrip().endswith("clean")
+    (user_mount.slow / "lost").rmdir()
+    repaired = run_pafkafs("check", "--repair", *devices)
+    assert "1 problems, 1 repaired" in repaired.stdout
+    user_mount.start()
+    assert user_mount.run("cat", f"{user_mount.mountpoint}/file").stdout == "kept\n"
+
+
 def test_who_has_no_control_socket_of_a_live_mount_is_told_so_and_unmounts_it_only_when_idle(
     user_mount: UserMount,
 ) -> None:
