@@ -26,13 +26,14 @@ from kafkarun.distribution import default_cache, fetch
 
 from bench import kafkaperf, loadgen
 from bench.appends import tmpfs
+from bench.errors import BenchError
 from bench.moves import MIB, migrate, pafkafs, status, write
 from bench.targets import Target
 from pafkafs.units import parse_size
 
 LOAD = loadgen.Load(4, 16, rate_mib_per_s=5)
 SEGMENT_MIB = 64
-_POLL_S = 0.2  # moves by policy are asked about by nobody
+_POLL_S = 0.05  # moves by policy are asked about by nobody
 _QUANTILES = ("p50", "p99", "p999")
 METRICS = [f"{what}_{q}_us" for what in ("append", "tail_read") for q in _QUANTILES]
 KAFKA_METRICS = [f"{q}_ms" for q in _QUANTILES]
@@ -57,6 +58,8 @@ class Copying:
         with subprocess.Popen([*self._command, *self._arguments]) as process:
             try:
                 yield
+                if process.poll() is not None:
+                    raise BenchError("the plain copy has ended; see above")
             finally:
                 process.terminate()
 
