@@ -155,15 +155,14 @@ def read_record(fd: int, path: str) -> Record | None:
     return record
 
 
-def owner(fd: int) -> tuple[int, int]:
-    """uid and gid of whose set the device open at fd is of: of who wrote its record.  Others cannot
+def owner(fd: int) -> int:
+    """The uid of whose set the device open at fd is of: of who wrote its record.  Others cannot
     mount it, and what they have there in the place of its own directories is none."""
     record_fd = os.open(layout.RECORD, layout.LOOKING, dir_fd=fd)
     try:
-        status = os.fstat(record_fd)
+        return os.fstat(record_fd).st_uid
     finally:
         os.close(record_fd)
-    return status.st_uid, status.st_gid
 
 
 def write_record(fd: int, record: Record) -> None:

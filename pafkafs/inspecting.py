@@ -137,7 +137,7 @@ class Inspection:
 
     def _device(self, number: int) -> Iterator[Finding]:
         device = self._devices[number]
-        uid, _ = deviceset.owner(device.fd)
+        uid = deviceset.owner(device.fd)
         for area in _areas(number):
             where = Place(number, area, b"")
             status = status_of(device.fd, area.encode())

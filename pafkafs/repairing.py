@@ -11,7 +11,7 @@ import stat
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from pafkafs import _native, deviceset, growing, layout
+from pafkafs import _native, growing, layout
 from pafkafs.checking import Attributes, Finding, Kind, Place, object_wins
 from pafkafs.config import WHOLE_FILESYSTEM
 from pafkafs.copies import copy_into
@@ -29,7 +29,6 @@ class Repairs:
     def __init__(self, devices: Sequence[SetDevice]) -> None:
         self._devices = devices
         self._numbers = {device.member.device: n for n, device in enumerate(devices)}
-        self._owners = [deviceset.owner(device.fd) for device in devices]
         self._opened: Device | None = None  # the home device, when slots were needed
         self._sizes: growing.Recovery | None = None
         self._keep_slots = False
@@ -76,23 +75,10 @@ class Repairs:
             try:
                 fd = self._open_area(stack, number, area)
             except FileNotFoundError:
-                self._make_area(number, area)
+                os.close(layout.open_state_directory(self._devices[number].fd, area))
                 return
             os.fchmod(fd, layout.STATE_MODES[area])
             os.fsync(fd)
-
-    def _make_area(self, number: int, area: str) -> None:
-        """For whose set it is: another user, even root, would lock them out."""
-        device_fd, (uid, gid) = self._devices[number].fd, self._owners[number]
-        if os.geteuid() not in (0, uid):
-            raise PermissionError(errno.EPERM, f"only uid {uid} or root can make it")
-        fd = layout.open_state_directory(device_fd, area)
-        try:
-            if os.geteuid() != uid:
-                os.fchown(fd, uid, gid)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
 
     def _put_aside(self, finding: Finding) -> None:
         where = finding.where
@@ -244,7 +230,7 @@ class Repairs:
         fd = os.open(area, _DIRECTORY, dir_fd=self._devices[number].fd)
         stack.callback(os.close, fd)
         uid = os.fstat(fd).st_uid
-        if area != layout.TREE and uid != self._owners[number][0]:
+        if area != layout.TREE and uid != os.geteuid():
             raise PermissionError(errno.EPERM, f"{area}/ belongs to uid {uid}")
         return fd
 

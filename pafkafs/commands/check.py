@@ -1,6 +1,7 @@
 """`pafkafs check`: what is wrong on the devices of a set, and mending it."""
 
 import json
+import os
 from collections.abc import Sequence
 
 import click
@@ -47,6 +48,7 @@ def check(
         fds = [device.fd for device in devices]
         brokers.refuse_running_on_tree(fds[0], devices[0].member.path, fds)
     if repair:
+        _check_owner(devices)
         _check_paths(devices)
     paths = [device.member.path for device in devices]
     report = _JsonReport(in_use, paths) if as_json else _TextReport(paths)
@@ -57,6 +59,16 @@ def check(
     )
     report.end(totals)
     return EXIT_UNHEALTHY if totals.left else 0
+
+
+def _check_owner(devices: list[SetDevice]) -> None:
+    """What another user, even root, made there would lock them out."""
+    for device in devices:
+        uid = deviceset.owner(device.fd)
+        if uid != os.geteuid():
+            raise PafkafsError(
+                f"{device.member.path} is of a set of uid {uid}: only that user may --repair it"
+            )
 
 
 def _check_paths(devices: list[SetDevice]) -> None:
