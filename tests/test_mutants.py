@@ -29,6 +29,7 @@ REMOVAL_FAILS = (
 )
 RECORDS = f"{TRACE}records_of_new_devices_are_durable_in_the_order_in_which_a_set_is_formed"
 APPENDS = f"{TRACE}power_mode_makes_the_size_and_the_entries_of_an_object_durable_with_the_append"
+COMMANDS = "tests/test_command_trace.py::test_"
 FSYNC = f"{TRACE}fsync_of_a_demoted_file_covers_object_and_shadow"
 DURING_MOVES = (
     f"{MOVES}writes_and_truncations_during_the_copy_are_in_the_result",
@@ -184,6 +185,27 @@ MUTANTS = (
         "            adopting.mark(fds[0])\n",
         "            pass\n",
         (f"{CUTS}adoption_killed_at_any_step_is_not_mounted_and_goes_on",),
+    ),
+    Mutant(
+        "what a repair puts aside not fsynced",
+        "pafkafs/layout.py",
+        "            os.fsync(lost_fd)\n            os.fsync(parent_fd)\n",
+        "            pass\n",
+        (f"{COMMANDS}repair_makes_durable_what_it_puts_aside",),
+    ),
+    Mutant(
+        "what was rescued not synced",
+        "pafkafs/rescuing.py",
+        "        _native.syncfs(self._target_fd)\n",
+        "",
+        (f"{COMMANDS}rescue_makes_all_of_its_target_durable",),
+    ),
+    Mutant(
+        "renames of an adoption not fsynced",
+        "pafkafs/adoption.py",
+        "        layout.sync_all((tree_fd, device_fd, source_fd))\n",
+        "",
+        (f"{COMMANDS}adoption_is_marked_before_the_first_rename_and_until_all_are_durable",),
     ),
     Mutant(
         "acked writes not durable in power mode",
