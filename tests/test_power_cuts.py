@@ -100,21 +100,27 @@ class Partition:
     demand what it has promised.
     """
 
-    name: str
+    name: str  # the first one, by which its files are known
     power: bool
+    places: set[str] = field(default_factory=set)  # the names that it may have
     must_exist: bool = False
     files: list[File] = field(default_factory=list)
     steps: int = 0
     _next: int = 0
     _fd: int = -1
 
+    def __post_init__(self) -> None:
+        self.places = {self.name}
+
     def check(self, root: Path) -> None:
-        directory = root / self.name
-        if not directory.exists():
+        there = [place for place in self.places if (root / place).exists()]
+        assert len(there) <= 1, f"{self.name} has the names {there}"
+        if not there:
             assert not self.must_exist, f"{self.name} is gone"
             assert not any(file.must_exist for file in self.files)
             self.files.clear()
             return
+        self.places, directory = {there[0]}, root / there[0]
         for file in self.files:
             file.check(directory)
         self.files = [file for file in self.files if file.may_exist]
@@ -123,17 +129,18 @@ class Partition:
 
     def work(self, root: Path, choose: random.Random) -> None:
         """Runs in a thread of its own; ends with the first error."""
-        directory = root / self.name
         try:
-            directory.mkdir(exist_ok=True)
+            self._directory(root).mkdir(exist_ok=True)
             self._sync_directory(root)
             self.must_exist = True
             while True:
+                if choose.random() < 0.02:
+                    self._move_directory(root)
                 step = choose.choices(
                     (self._roll, self._append, self._sync, self._cut, self._rename, self._remove),
                     (4, 8, 3, 1, 2, 2),
                 )[0]
-                step(directory, choose)
+                step(self._directory(root), choose)
                 self.steps += 1
         except OSError:
             return
@@ -142,6 +149,20 @@ class Partition:
                 with suppress(OSError):
                     os.close(self._fd)
                 self._fd = -1
+
+    def _directory(self, root: Path) -> Path:
+        (place,) = self.places
+        return root / place
+
+    def _move_directory(self, root: Path) -> None:
+        """Of the objects of its files, and what is on its way, nothing changes its name."""
+        old = self._directory(root)
+        new = root / (f"moved-{self.name}" if old.name == self.name else self.name)
+        self.places = {old.name, new.name}
+        old.rename(new)
+        if not self.power:
+            self._sync_directory(root)
+        self.places = {new.name}
 
     @staticmethod
     def _sync_directory(path: Path) -> None:
@@ -323,7 +344,7 @@ def live(machine: Machine, witness: Witness, choose: random.Random) -> None:
         thread.start()
     wait_until(lambda: witness.steps >= until and moves(mount) > 0, "the work to get on", 120)
     witness.moves += moves(mount)
-    directories = [partition.must_exist for partition in witness.partitions]
+    directories = [(p.must_exist, set(p.places)) for p in witness.partitions]
     noted = witness.note()
     machine.cut_power(*choose.sample(("fast", "slow"), 2))
     for thread in threads:
@@ -331,8 +352,9 @@ def live(machine: Machine, witness: Witness, choose: random.Random) -> None:
         assert not thread.is_alive()
     witness.forget_after(noted)
     mount.start()
-    for partition, must_exist in zip(witness.partitions, directories, strict=True):
+    for partition, (must_exist, places) in zip(witness.partitions, directories, strict=True):
         partition.must_exist = must_exist
+        partition.places |= places
         partition.check(mount.mountpoint)
     expect_no_garbage(mount)
 
