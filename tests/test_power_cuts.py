@@ -262,12 +262,16 @@ class Moves(threading.Thread):
     def run(self) -> None:
         with suppress(OSError, PafkafsError):
             while True:
-                segments = list(self._mount.mountpoint.glob("*/*.log"))
-                if segments:
+                if segments := self._segments():
                     path = self._choose.choice(segments).relative_to(self._mount.mountpoint)
                     tier = self._choose.choice(("fast", "slow"))
                     control.ask(str(self._mount.mountpoint), "migrate", path=str(path), to=tier)
                 time.sleep(0.01)  # the pace of the requests; nothing waits for it
+
+    def _segments(self) -> list[Path]:
+        with suppress(FileNotFoundError):  # a directory is being renamed
+            return list(self._mount.mountpoint.glob("*/*.log"))
+        return []
 
 
 def expect_no_garbage(mount: Mount) -> None:
