@@ -131,7 +131,7 @@ def test_umount_names_the_device_that_could_not_be_synced_and_exits_1(
     mount = mounted(make_mount("--mode", "slow"), faults)
     with cut_off(mount.mountpoint / f"{0:020}.log") as stream:
         stream.write(b"record")
-        faults.arm(mount.slow, Action.FAIL, 1 if kind == "fsync" else 3, errno.EIO, Kind.SYNC)
+        faults.arm(mount.slow, Action.FAIL, 1 if kind == "fsync" else 2, errno.EIO, Kind.SYNC)
         result = run_pafkafs("umount", "--lazy", str(mount.mountpoint))
     assert faults.hit is not None
     assert faults.hit.startswith(kind)
