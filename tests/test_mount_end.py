@@ -146,8 +146,9 @@ def test_umount_waits_for_a_file_that_is_closed_while_it_is_synced(
     make_mount: MakeMount, faults: Faults
 ) -> None:
     mount = mounted(make_mount("--mode", "slow"), faults)
-    faults.arm(mount.slow, Action.HANG, 1, kinds=Kind.SYNC)
-    (mount.mountpoint / f"{0:020}.log").write_bytes(b"record")
+    with (mount.mountpoint / f"{0:020}.log").open("wb", buffering=0) as stream:
+        stream.write(b"record")
+        faults.arm(mount.slow, Action.HANG, 1, kinds=Kind.SYNC)
     wait_until(lambda: faults.hit, "the fsync in the background")
     ending = Background(lambda: mount.stop())
     wait_until(lambda: "the devices are synced" in mount.log_text(), "the end of requests")
@@ -192,8 +193,9 @@ def test_umount_names_the_device_of_a_closed_file_whose_fsync_failed(
 ) -> None:
     """What nobody fsyncs is synced in the background after its last close."""
     mount = mounted(make_mount("--mode", "slow"), faults)
-    faults.arm(mount.slow, Action.FAIL, 1, errno.EIO, Kind.SYNC)
-    (mount.mountpoint / f"{0:020}.log").write_bytes(b"record")
+    with (mount.mountpoint / f"{0:020}.log").open("wb", buffering=0) as stream:
+        stream.write(b"record")
+        faults.arm(mount.slow, Action.FAIL, 1, errno.EIO, Kind.SYNC)
     wait_until(lambda: mount.device("slow")["errors"] > 0, "the error in status")
     result = run_pafkafs("umount", str(mount.mountpoint))
     assert result.returncode == 1
