@@ -26,7 +26,6 @@ _OWN = {
     layout.ADOPTING,
 }
 _NOT_KAFKA = {"lost+found"}
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def adopt(log_dir: str, fast: str, slow: list[str]) -> int:
@@ -142,7 +141,7 @@ def _copy_directory_attributes(source_fd: int, tree_fd: int) -> None:
 
 @contextmanager
 def _opened(path: str | Path, dir_fd: int | None = None) -> Iterator[int]:
-    fd = os.open(path, _DIRECTORY, dir_fd=dir_fd)
+    fd = os.open(path, layout.DIRECTORY, dir_fd=dir_fd)
     try:
         yield fd
     finally:

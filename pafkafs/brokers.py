@@ -10,7 +10,6 @@ from pafkafs.errors import PafkafsError
 
 _LOCK = b".lock"
 _FLOCK = struct.Struct("@hhqqi")  # struct flock of 64-bit Linux
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
@@ -30,7 +29,7 @@ def refuse_running_on_tree(home_fd: int, path: str, device_fds: Sequence[int]) -
     device_fds are the devices on which its lock may be, if that does not lie in the tree.
     """
     try:
-        tree_fd = os.open(layout.TREE, _DIRECTORY, dir_fd=home_fd)
+        tree_fd = os.open(layout.TREE, layout.DIRECTORY, dir_fd=home_fd)
     except OSError:
         return  # a new device; or what is wrong is told by who needs it
     tree = os.path.join(path, layout.TREE)

@@ -38,6 +38,7 @@ NO_UNNAMED = (errno.EOPNOTSUPP, errno.EISDIR)  # NFS, FUSE
 _SUFFIX = re.compile(rb"~([0-9a-f]{8})\.([0-9a-f]{16})")
 _SUFFIX_LEN = 1 + 8 + 1 + 16
 _OBJECTS_PART = b"/objects/"
+DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # For who only looks: not even access times change.  Owners may have that, and so may root.
 LOOKING = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_NOATIME if not os.geteuid() else 0)
 
@@ -151,9 +152,8 @@ def open_state_directory(device_fd: int, name: str, *, create: bool = True) -> i
     (NotADirectoryError, PermissionError).
     """
     made = create and _make_state_directory(device_fd, name)
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        fd = os.open(name, flags, dir_fd=device_fd)
+        fd = os.open(name, DIRECTORY, dir_fd=device_fd)
     except OSError as error:
         if error.errno not in (errno.ENOTDIR, errno.ELOOP):
             raise
@@ -243,8 +243,7 @@ def put_aside(top_fd: int, path: bytes, lost_fd: int, *, durably: bool) -> bytes
     one object only.
     """
     directory, _, name = path.rpartition(b"/")
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    parent_fd = _native.open_beneath(top_fd, directory or b".", flags)
+    parent_fd = _native.open_beneath(top_fd, directory or b".", DIRECTORY)
     try:
         aside = _free_name(lost_fd, path.replace(b"/", b",")[-NAME_MAX + 4 :])
         _native.rename(parent_fd, name, lost_fd, aside, 0)

@@ -20,7 +20,6 @@ from pafkafs.deviceset import SetDevice
 from pafkafs.layout import Stub
 
 _FILE = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Repairs:
@@ -149,7 +148,7 @@ class Repairs:
         directory, _, name = path.rpartition(b"/")
         with ExitStack() as stack:
             top_fd = self._open_area(stack, found.device, layout.OBJECTS)
-            fd = _open_beneath(stack, top_fd, directory or b".", _DIRECTORY)
+            fd = _open_beneath(stack, top_fd, directory or b".", layout.DIRECTORY)
             if layout.exists(name, fd):
                 raise FileExistsError(
                     errno.EEXIST, "another object has its name", os.fsdecode(path)
@@ -186,7 +185,7 @@ class Repairs:
         directory, _, name = where.path.rpartition(b"/")
         tree_fd = self._open_area(stack, 0, layout.TREE)
         tmp_fd = self._open_area(stack, 0, layout.TMP)
-        parent_fd = _open_beneath(stack, tree_fd, directory or b".", _DIRECTORY)
+        parent_fd = _open_beneath(stack, tree_fd, directory or b".", layout.DIRECTORY)
         layout.replace_with_stub(tmp_fd, parent_fd, name, device.path, stub)
         os.fsync(parent_fd)
 
@@ -199,7 +198,7 @@ class Repairs:
         directory, _, name = finding.where.path.rpartition(b"/")
         with ExitStack() as stack:
             tree_fd = self._open_area(stack, 0, layout.TREE)
-            parent_fd = _open_beneath(stack, tree_fd, directory or b".", _DIRECTORY)
+            parent_fd = _open_beneath(stack, tree_fd, directory or b".", layout.DIRECTORY)
             status = os.stat(name, dir_fd=parent_fd, follow_symlinks=False)
             failed = len(recovery.unrecovered)
             recovery.file_found(parent_fd, name, status.st_ino)
@@ -227,7 +226,7 @@ class Repairs:
 
     def _open_area(self, stack: ExitStack, number: int, area: str) -> int:
         """Nothing is moved to, or taken from, a directory that somebody else put in its place."""
-        fd = os.open(area, _DIRECTORY, dir_fd=self._devices[number].fd)
+        fd = os.open(area, layout.DIRECTORY, dir_fd=self._devices[number].fd)
         stack.callback(os.close, fd)
         uid = os.fstat(fd).st_uid
         if area != layout.TREE and uid != os.geteuid():

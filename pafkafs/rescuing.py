@@ -93,7 +93,7 @@ def make_target(path: str, sources: Sequence[str]) -> int:
             raise PafkafsError(f"{path} and the device {source} are inside each other")
     with suppress(FileExistsError):
         os.mkdir(real, 0o755)
-    fd = os.open(real, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    fd = os.open(real, layout.DIRECTORY)
     why = _why_no_target(fd)
     if why:
         os.close(fd)

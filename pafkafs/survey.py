@@ -32,7 +32,6 @@ _TRIES_MAX = 5
 # Errors that say nothing of what is read.
 _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
-_DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,7 +408,7 @@ def open_directory(home: Home, path: bytes, ino: int) -> int:
     """Opens a directory of the home tree by its path; FileNotFoundError when another one, or
     something else, is there by now.  No symlink leads out of the tree."""
     try:
-        fd = _native.open_beneath(home.tree_fd, path or b".", _DIRECTORY_FLAGS)
+        fd = _native.open_beneath(home.tree_fd, path or b".", layout.DIRECTORY)
     except OSError as error:
         if error.errno in (errno.ENOTDIR, errno.ELOOP):
             raise FileNotFoundError(errno.ENOENT, "moved meanwhile") from error
