@@ -178,13 +178,6 @@ def _differences(shadow: Attributes, object_: Attributes, root: bool) -> list[st
     return found
 
 
-def object_wins(shadow: Attributes, object_: Attributes) -> bool:
-    """Whose size and times are right: those of an object that was changed behind the mount.  Mode
-    and owner are always the shadow's: a change of them may not have reached the object."""
-    changed_ns = max(shadow.mtime_ns, shadow.ctime_ns)  # a utimens may not have got there
-    return object_.size != shadow.size or object_.mtime_ns > changed_ns
-
-
 def judge_state_directory(where: Place, status: os.stat_result | None, uid: int) -> Finding | None:
     """What is wrong with one of the own directories of a device; uid is whose it should be."""
     if status is None:

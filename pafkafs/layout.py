@@ -285,6 +285,14 @@ def shadow_status(shadows_fd: int, stub: Stub) -> os.stat_result:
     return status
 
 
+def object_wins(shadow: os.stat_result, object_: os.stat_result) -> bool:
+    """Whose size and times are right: those of an object that was changed behind the mount.  Mode
+    and owner are always the shadow's: a change of them may not have reached the object."""
+    # When the mount changed it for the last time: the mtime may have been set to less.
+    changed_ns = max(shadow.st_mtime_ns, shadow.st_ctime_ns)
+    return object_.st_size != shadow.st_size or object_.st_mtime_ns > changed_ns
+
+
 def copy_attributes(source: os.stat_result, fd: int) -> None:
     """Owner, mode and, last, times of source for fd.  Without privilege the owner is ours."""
     if os.geteuid() == 0:

@@ -62,11 +62,6 @@ def _attributes_of(status: os.stat_result) -> tuple[int, ...]:
     return (mode, status.st_uid, status.st_gid) if os.geteuid() == 0 else (mode,)
 
 
-def _changed_ns(shadow: os.stat_result) -> int:
-    """When the mount changed a file for the last time: its mtime may have been set to less."""
-    return max(shadow.st_mtime_ns, shadow.st_ctime_ns)
-
-
 class Reconciler:
     """Compares the objects of the stubs that the survey finds, each device by itself."""
 
@@ -133,7 +128,7 @@ class Reconciler:
             self._namespace.upkeep.attributes_changed(stub)  # a change that did not get there
         if stub.object_id in self._namespace.files.unsynced_objects:
             return status.st_blocks * 512  # its times were set just now, and are on their way
-        if shadow.st_size != status.st_size or status.st_mtime_ns > _changed_ns(shadow):
+        if layout.object_wins(shadow, status):
             self._update_shadow(stub, shadow, status)
         elif status.st_mtime_ns > shadow.st_mtime_ns:
             self._namespace.upkeep.attributes_changed(stub)  # a utimens that did not get there

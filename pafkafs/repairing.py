@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from pafkafs import _native, growing, layout
-from pafkafs.checking import Attributes, Finding, Kind, Place, object_wins
+from pafkafs.checking import Finding, Kind, Place
 from pafkafs.config import WHOLE_FILESYSTEM
 from pafkafs.copies import copy_into
 from pafkafs.device import Device, device_kind, open_device
@@ -114,7 +114,7 @@ class Repairs:
             object_fd = self._open_object(stack, stub, os.O_RDONLY)
             shadow, object_ = os.fstat(shadow_fd), os.fstat(object_fd)
             right = shadow
-            if object_wins(Attributes.of(shadow), Attributes.of(object_)):
+            if layout.object_wins(shadow, object_):
                 os.ftruncate(shadow_fd, object_.st_size)
                 right = object_
             if os.geteuid() == 0:
