@@ -1,5 +1,6 @@
 """Brokers that have a log directory open: each locks the file .lock in it with fcntl(2)."""
 
+import errno
 import fcntl
 import os
 import struct
@@ -66,8 +67,9 @@ def _open(dir_fd: int, lock: bytes, device_fds: Sequence[int]) -> int | None:
     """The file, or the object of a stub in its place; None when there is none."""
     try:
         return _native.open_beneath(dir_fd, lock, _OPEN)
-    except OSError:
-        pass  # most are no log directories
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            return None  # most are no log directories
     try:
         text = os.readlink(lock, dir_fd=dir_fd)
     except OSError:

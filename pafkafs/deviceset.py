@@ -297,17 +297,8 @@ def assemble(
     adopting is None for a mount.  Nothing is changed unless all devices pass.  Raises
     PafkafsError.
     """
-    wanted = [(t, i, path) for t, tier in enumerate(tiers) for i, path in enumerate(tier)]
-    _check_distinct([path for _, _, path in wanted])
-    fds: list[int] = []
-    try:
-        for tier, _, path in wanted:
-            fds.append(open_device(path, _name(tier, wanted)))
+    with _opened(tiers, open_device) as (wanted, fds):
         return _recognise(wanted, fds, adopting)
-    except BaseException:
-        for fd in fds:
-            os.close(fd)
-        raise
 
 
 def recognise(tiers: Sequence[Sequence[str]]) -> tuple[list[SetDevice], bool]:
@@ -315,22 +306,32 @@ def recognise(tiers: Sequence[Sequence[str]]) -> tuple[list[SetDevice], bool]:
     use by another pafkafs.  If not, they are locked, for as long as they are open.  Raises
     PafkafsError.
     """
+    with _opened(tiers, open_unlocked) as (wanted, fds):
+        members = _members_of(wanted, fds)
+        in_use = not all(map(try_lock, fds))
+    if in_use:
+        for fd in fds:
+            fcntl.flock(fd, fcntl.LOCK_UN)
+    return [SetDevice(member, fd) for member, fd in zip(members, fds, strict=True)], in_use
+
+
+@contextmanager
+def _opened(
+    tiers: Sequence[Sequence[str]], open_one: Callable[[str, str], int]
+) -> Iterator[tuple[list[tuple[int, int, str]], list[int]]]:
+    """The devices with their places, as tier, index and path, and their descriptors, which are
+    closed only when that fails for which they are opened."""
     wanted = [(t, i, path) for t, tier in enumerate(tiers) for i, path in enumerate(tier)]
     _check_distinct([path for _, _, path in wanted])
     fds: list[int] = []
     try:
         for tier, _, path in wanted:
-            fds.append(open_unlocked(path, _name(tier, wanted)))
-        members = _members_of(wanted, fds)
-        in_use = not all(map(try_lock, fds))
+            fds.append(open_one(path, _name(tier, wanted)))
+        yield wanted, fds
     except BaseException:
         for fd in fds:
             os.close(fd)
         raise
-    if in_use:
-        for fd in fds:
-            fcntl.flock(fd, fcntl.LOCK_UN)
-    return [SetDevice(member, fd) for member, fd in zip(members, fds, strict=True)], in_use
 
 
 def last_path(device: SetDevice) -> str:
@@ -350,11 +351,7 @@ def _members_of(wanted: list[tuple[int, int, str]], fds: list[int]) -> list[Memb
             )
     home = records[0]
     assert home is not None
-    if not home.members:
-        raise PafkafsError(
-            f"{wanted[0][2]} is not the first fast device of its set; "
-            "give the fast devices in the order of the first mount"
-        )
+    _check_first(home, wanted)
     if home.forming:
         raise PafkafsError(f"the set of {wanted[0][2]} is only half formed: mount it once")
     return _match_members(home, wanted, records)
@@ -372,12 +369,8 @@ def _recognise(
         _check_all_new(wanted, records)
         members = [Member(secrets.token_hex(4), t, i, p) for t, i, p in wanted]
         home = Record(FORMAT, secrets.token_hex(8), members[0], tuple(members), forming=True)
-    elif not home.members:
-        raise PafkafsError(
-            f"{wanted[0][2]} is not the first fast device of its set; "
-            "give the fast devices in the order of the first mount"
-        )
     else:
+        _check_first(home, wanted)
         members = _match_members(home, wanted, records)
     if adopting is not None:
         with _using(wanted[0][2], _name(0, wanted)):
@@ -401,6 +394,14 @@ def _examine(fd: int, path: str, tier: int, role: str, adopting: Adoption | None
 
 def _name(tier: int, wanted: list[tuple[int, int, str]]) -> str:
     return tier_name(tier, wanted[-1][0])
+
+
+def _check_first(home: Record, wanted: list[tuple[int, int, str]]) -> None:
+    if not home.members:
+        raise PafkafsError(
+            f"{wanted[0][2]} is not the first fast device of its set; "
+            "give the fast devices in the order of the first mount"
+        )
 
 
 def _check_distinct(paths: Sequence[str]) -> None:

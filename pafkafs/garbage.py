@@ -36,9 +36,10 @@ class GarbageReport:
         return self.unreferenced > 0 and self.put_aside == 0
 
 
-def allowed(count: int) -> int:
-    """How many of so many may be garbage."""
-    return max(COUNT_ALWAYS_ALLOWED, int(count * SHARE_MAX))
+def allowed(count: int, *, has_names: bool = True) -> int:
+    """How many of so many may be garbage.  None when the home tree has no files at all: that does
+    not make garbage of all data, but is a sign that it is not the one that was there."""
+    return max(COUNT_ALWAYS_ALLOWED, int(count * SHARE_MAX)) if has_names else 0
 
 
 def collect(
@@ -48,13 +49,12 @@ def collect(
 
     is_referenced tells whether a stub had this id before serving, or an object was made with it
     since: it is asked after the objects were listed, so none that is listed is too new for it.
-    has_names: the home tree has files at all; an empty one does not make garbage of all data, but
-    is a sign that it is not the one that was there.
+    has_names is of `allowed`.
     """
     _delete_old(device)
     found, empty = _objects(device)
     unreferenced = [path for path in found if not is_referenced(_object_id(path))]
-    if len(unreferenced) > (allowed(len(found)) if has_names else 0):
+    if len(unreferenced) > allowed(len(found), has_names=has_names):
         log.error(
             "%s: %d of %d objects have no stub; nothing is removed",
             os.fsdecode(device.path),
@@ -76,7 +76,7 @@ def collect_shadows(
     """The same for shadows."""
     found = os.listdir(home.shadows_fd)
     unreferenced = [name for name in found if not is_referenced(name)]
-    if len(unreferenced) > (allowed(len(found)) if has_names else 0):
+    if len(unreferenced) > allowed(len(found), has_names=has_names):
         log.error("%d of %d shadows have no stub; none is removed", len(unreferenced), len(found))
         return
     for name in unreferenced:

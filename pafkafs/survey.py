@@ -33,7 +33,6 @@ _TRIES_MAX = 5
 _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
-
 @dataclass(frozen=True, slots=True)
 class FoundStub:
     """A symlink that looks like a stub.  shadow is its shadow's status, None when it is missing."""

@@ -47,6 +47,12 @@ class Beside:
             if self._failure is not None:
                 raise self._failure
 
+    def _wait(self, condition: Callable[[], bool], what: str) -> None:
+        """Until it is true, or the thread has failed, which ends the block."""
+        wait_until(
+            lambda: condition() or self._failure is not None, within_s=BACKLOG_MAX_S, what=what
+        )
+
     def _run(self) -> None:
         try:
             while not self._ending.wait(_TICK_S):
@@ -86,11 +92,6 @@ class BackgroundLoad(Beside):
         """Return when no more than a second's records wait for their acks."""
         self._wait(lambda: self._backlog() <= self._records_per_s, "acks of the backlog")
 
-    def _wait(self, condition: Callable[[], bool], what: str) -> None:
-        wait_until(
-            lambda: condition() or self._failure is not None, within_s=BACKLOG_MAX_S, what=what
-        )
-
     def _backlog(self) -> int:
         return self._producer.sent - len(self._producer.ledger)
 
@@ -125,11 +126,7 @@ class TailReader(Beside):
 
     def catch_up(self, producer: CheckedProducer) -> None:
         """Return when the last record of each partition was seen, and nobody sends more."""
-        wait_until(
-            lambda: self._failure is not None or self._next == producer.next_seq,
-            within_s=BACKLOG_MAX_S,
-            what="the tail",
-        )
+        self._wait(lambda: self._next == producer.next_seq, "the tail")
 
     def tick(self) -> None:
         for message in self._consumer.consume(500, _TICK_S):
