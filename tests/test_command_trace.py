@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from conftest import MakeMount
-from harness import Mount
+from harness import PAFKAFS, Mount
 from tracing import Call, Trace, syncs, traced_command
 
 
@@ -29,7 +29,7 @@ def synced_after(trace: Trace, call: Call, *directories: Path) -> bool:
 
 def repaired(mount: Mount, tmp_path: Path) -> Trace:
     devices = str(mount.fast), str(mount.slow)
-    return traced_command(tmp_path / "trace", "check", "--repair", *devices)
+    return traced_command(tmp_path / "trace", PAFKAFS, "check", "--repair", *devices)
 
 
 def test_repair_makes_durable_what_it_puts_aside(make_mount: MakeMount, tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_repair_makes_a_shadow_durable_before_it_is_done(
 def test_rescue_makes_all_of_its_target_durable(make_mount: MakeMount, tmp_path: Path) -> None:
     mount, target = demoted(make_mount), tmp_path / "target"
     devices = ("--fast", str(mount.fast), "--slow", str(mount.slow))
-    trace = traced_command(tmp_path / "trace", "rescue", *devices, str(target))
+    trace = traced_command(tmp_path / "trace", PAFKAFS, "rescue", *devices, str(target))
     (copied,) = trace.find("syncfs", f"{target}>")
     assert synced_after(trace, copied, target / "pafkafs-rescue.json", target)
 
@@ -67,7 +67,7 @@ def test_adoption_is_marked_before_the_first_rename_and_until_all_are_durable(
     log_dir = mount.fast / "kafka-logs"
     shutil.copytree(Path(__file__).parent / "preload", log_dir)
     trace = traced_command(
-        tmp_path / "trace", "adopt", str(log_dir), str(mount.fast), str(mount.slow)
+        tmp_path / "trace", PAFKAFS, "adopt", str(log_dir), str(mount.fast), str(mount.slow)
     )
     renames = trace.find("rename", f"{mount.tree}>")
     (unmarked,) = trace.find("unlink", f"{mount.fast}>", "adopting")

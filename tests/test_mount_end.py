@@ -123,6 +123,14 @@ def mounted(mount: Mount, faults: Faults) -> Mount:
     return mount
 
 
+def close_a_file(mount: Mount, faults: Faults, action: Action) -> None:
+    """It was written to; what nobody fsyncs is synced in the background after its last close, and
+    that is hit."""
+    with (mount.mountpoint / f"{0:020}.log").open("wb", buffering=0) as stream:
+        stream.write(b"record")
+        faults.arm(mount.slow, action, 1, errno.EIO, Kind.SYNC)
+
+
 @pytest.mark.parametrize("kind", ["fsync", "syncfs"])
 def test_umount_names_the_device_that_could_not_be_synced_and_exits_1(
     make_mount: MakeMount, faults: Faults, kind: str
@@ -146,9 +154,7 @@ def test_umount_waits_for_a_file_that_is_closed_while_it_is_synced(
     make_mount: MakeMount, faults: Faults
 ) -> None:
     mount = mounted(make_mount("--mode", "slow"), faults)
-    with (mount.mountpoint / f"{0:020}.log").open("wb", buffering=0) as stream:
-        stream.write(b"record")
-        faults.arm(mount.slow, Action.HANG, 1, kinds=Kind.SYNC)
+    close_a_file(mount, faults, Action.HANG)
     wait_until(lambda: faults.hit, "the fsync in the background")
     ending = Background(lambda: mount.stop())
     wait_until(lambda: "the devices are synced" in mount.log_text(), "the end of requests")
@@ -191,11 +197,8 @@ def test_mount_whose_daemon_does_not_know_who_waits_for_its_end_is_unmounted(
 def test_umount_names_the_device_of_a_closed_file_whose_fsync_failed(
     make_mount: MakeMount, faults: Faults
 ) -> None:
-    """What nobody fsyncs is synced in the background after its last close."""
     mount = mounted(make_mount("--mode", "slow"), faults)
-    with (mount.mountpoint / f"{0:020}.log").open("wb", buffering=0) as stream:
-        stream.write(b"record")
-        faults.arm(mount.slow, Action.FAIL, 1, errno.EIO, Kind.SYNC)
+    close_a_file(mount, faults, Action.FAIL)
     wait_until(lambda: mount.device("slow")["errors"] > 0, "the error in status")
     result = run_pafkafs("umount", str(mount.mountpoint))
     assert result.returncode == 1

@@ -1,7 +1,6 @@
 """The order of system calls that a power cut would tell: seen by strace, with slow fsyncs."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 from conftest import MakeMount
 from filetools import MIB
 from harness import Mount, run_pafkafs, wait_until
-from tracing import Call, Trace, attached, syncs, traced
+from tracing import Call, attached, syncs, traced, traced_command
 
 
 def test_old_object_is_removed_after_the_fsync_of_the_name_that_leads_to_the_new_one(
@@ -30,7 +29,7 @@ def test_old_object_is_removed_after_the_fsync_of_the_name_that_leads_to_the_new
         with traced(mount.pid, tmp_path / "trace") as trace:
             for _ in range(9):
                 stream.write(bytes(MIB))
-            wait_until(lambda: not old.exists(), "the removal of the old object")
+            wait_for_removal(mount, old)
     assert list((other.slow / "objects").rglob("file~*"))
     (renamed,) = trace.find("rename", f"{mount.tree}/orders-0>", '"file"')
     (removed,) = trace.find("unlink", old.name)
@@ -57,6 +56,12 @@ def test_power_mode_fsyncs_the_directory_of_a_new_name_before_it_returns(
     assert trace.find("fsync", f"{mount.tree}/orders-0>", "= 0")
 
 
+def wait_for_removal(mount: Mount, object_: Path) -> None:
+    """Its shadow goes next: then the call that removed the object has returned, for strace too."""
+    shadow = mount.fast / "shadows" / object_.name[-16:]
+    wait_until(lambda: not object_.exists() and not shadow.exists(), "the removal of the object")
+
+
 def expect_order(*calls: list[Call]) -> None:
     """Of each step one call has succeeded before the next step began."""
     before = -1
@@ -79,6 +84,15 @@ def sealed_segment(mount: Mount) -> Path:
 def move(mount: Mount, path: Path, tier: str) -> None:
     result = run_pafkafs("migrate", "--wait", "--to", tier, str(path))
     assert result.returncode == 0, result.stderr
+
+
+def demoted_segment(make_mount: MakeMount) -> tuple[Mount, Path, Path]:
+    """A mount, a segment of it on the slow tier, and its object."""
+    mount = make_mount("--threshold", "-1").start()
+    path = sealed_segment(mount)
+    move(mount, path, "slow")
+    (object_,) = mount.objects
+    return mount, path, object_
 
 
 def test_demotion_frees_nothing_before_all_that_replaces_it_is_durable(
@@ -123,13 +137,10 @@ def moving(mount: Mount) -> bool:
 def test_promotion_frees_nothing_before_all_that_replaces_it_is_durable(
     make_mount: MakeMount, tmp_path: Path
 ) -> None:
-    mount = make_mount("--threshold", "-1").start()
-    path = sealed_segment(mount)
-    move(mount, path, "slow")
-    (old,) = mount.objects
+    mount, path, old = demoted_segment(make_mount)
     with traced(mount.pid, tmp_path / "trace") as trace:
         move(mount, path, "fast")
-        wait_until(lambda: not mount.objects, "the removal of the object")
+        wait_for_removal(mount, old)
     expect_order(
         trace.find("fsync", f"{mount.fast}/tmp/"),
         trace.find("rename", f"{mount.tree}/orders-0>", f'"{path.name}"'),
@@ -141,13 +152,10 @@ def test_promotion_frees_nothing_before_all_that_replaces_it_is_durable(
 def test_object_of_a_removed_file_goes_after_the_removal_of_its_stub_is_durable(
     make_mount: MakeMount, tmp_path: Path
 ) -> None:
-    mount = make_mount("--threshold", "-1").start()
-    path = sealed_segment(mount)
-    move(mount, path, "slow")
-    (old,) = mount.objects
+    mount, path, old = demoted_segment(make_mount)
     with traced(mount.pid, tmp_path / "trace") as trace:
         path.unlink()
-        wait_until(lambda: not mount.objects, "the removal of the object")
+        wait_for_removal(mount, old)
     expect_order(
         trace.find("unlink", f"{mount.tree}/orders-0>", f'"{path.name}"'),
         trace.find("fsync", f"{mount.tree}/orders-0>"),
@@ -160,10 +168,8 @@ def test_records_of_new_devices_are_durable_in_the_order_in_which_a_set_is_forme
 ) -> None:
     mount = make_mount()
     form = "import sys; from pafkafs import deviceset as d; d.assemble([[p] for p in sys.argv[1:]])"
-    command = ["strace", "-f", "-yy", "-o", tmp_path / "trace", sys.executable, "-c", form]
-    subprocess.run([*command, mount.fast, mount.slow], check=True, timeout=120)
-    trace = Trace(tmp_path / "trace")
-    trace.read()
+    devices = str(mount.fast), str(mount.slow)
+    trace = traced_command(tmp_path / "trace", sys.executable, "-c", form, *devices)
 
     def written(device: Path) -> tuple[list[Call], list[Call], list[Call]]:
         return (
@@ -227,10 +233,7 @@ def test_entries_of_a_new_object_are_durable_before_its_shadow_has_a_length(
 def test_object_of_a_removed_file_stays_when_the_removal_of_its_stub_cannot_be_made_durable(
     make_mount: MakeMount, tmp_path: Path
 ) -> None:
-    mount = make_mount("--threshold", "-1").start()
-    path = sealed_segment(mount)
-    move(mount, path, "slow")
-    (old,) = mount.objects
+    mount, path, old = demoted_segment(make_mount)
     failing = ("-P", str(mount.tree / "orders-0"), "-e", "inject=fsync:error=EIO")
     with attached(mount.pid, tmp_path / "trace", *failing):
         path.unlink()

@@ -2,16 +2,15 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from conftest import MakeMount
 from harness import wait_until
-from hdd import HddError, hdd
 from kafkarun.distribution import Distribution
 
 from kafka.cluster import RECORD_BYTES, Cluster
+from kafka.disks import made_disk, over_disk
 from kafka.logdirs import MountedDirectory
 
 MIB = 1 << 20
@@ -23,25 +22,16 @@ DRAINED_WITHIN_S = 120.0
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    directory = tmp_path / "disk"
-    directory.mkdir()
-    with ExitStack() as stack:
-        try:
-            yield stack.enter_context(hdd(directory, DISK_BYTES_PER_S, image_in=tmp_path))
-        except HddError as error:
-            pytest.skip(str(error))
+    with made_disk(tmp_path, DISK_BYTES_PER_S) as disk:
+        yield disk
 
 
 @pytest.fixture
 def logdir(disk: Path, make_mount: MakeMount) -> Iterator[MountedDirectory]:
     mount = make_mount("--fast-capacity", str(FAST_BYTES), "--threshold", str(THRESHOLD),
                        "--interval", "200ms")  # fmt: skip
-    mount.slow = disk / "pafkafs"
-    mount.slow.mkdir()
-    provider = MountedDirectory(mount)
-    provider.attach()
-    yield provider
-    provider.discard()
+    with over_disk(mount, disk) as provider:
+        yield provider
 
 
 def fast_share(logdir: MountedDirectory) -> float:

@@ -15,7 +15,6 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -24,7 +23,6 @@ import pytest
 from conftest import MakeMount
 from filetools import frozen
 from harness import Mount
-from hdd import HddError, hdd
 from kafkarun import topics
 from kafkarun.beside import BackgroundLoad, Beside, TailReader
 from kafkarun.check import Report
@@ -33,6 +31,7 @@ from kafkarun.traffic import CheckedProducer
 from prometheus_client.parser import text_string_to_metric_families
 
 from kafka.cluster import TIDY, Cluster
+from kafka.disks import made_disk, over_disk
 from kafka.logdirs import MountedDirectory
 from kafka.test_migration import SMALL_SEGMENTS, Storm
 from pafkafs.errors import PafkafsError
@@ -229,25 +228,15 @@ def save(samples: list[Sample], path: Path) -> None:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    directory = tmp_path / "disk"
-    directory.mkdir()
-    with ExitStack() as stack:
-        try:
-            made = hdd(directory, DISK_BYTES_PER_S, size_bytes=DISK_BYTES, image_in=tmp_path)
-            yield stack.enter_context(made)
-        except HddError as error:
-            pytest.skip(str(error))
+    with made_disk(tmp_path, DISK_BYTES_PER_S, size_bytes=DISK_BYTES) as disk:
+        yield disk
 
 
 @pytest.fixture
 def logdir(disk: Path, make_mount: MakeMount) -> Iterator[MountedDirectory]:
     mount = make_mount(*OPTIONS)
-    mount.slow = disk / "pafkafs"
-    mount.slow.mkdir()
-    provider = MountedDirectory(mount)
-    provider.attach()
-    yield provider
-    provider.discard()
+    with over_disk(mount, disk) as provider:
+        yield provider
 
 
 @pytest.mark.timeout(6 * 3600)
